@@ -1,0 +1,53 @@
+"""Kernels and layers for compressed transformers: low-rank and masked linears, exact selection, weighted SVD."""
+
+from __future__ import annotations
+
+import torch
+
+from ._library import NATIVE
+from ._version import __version__
+from .nn.lowrank_sparse_linear import LowRankSparseLinear
+from .nn.masked_linear import MaskedLinear
+from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
+from .nn.swap import swap_linears
+from .ops.keep_threshold import KeepThreshold, keep_threshold
+from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
+from .ops.masked_linear import masked_linear
+from .ops.weighted_svd import weighted_svd
+
+__all__ = [
+    "KeepThreshold",
+    "LowRankSparseLinear",
+    "MaskedLinear",
+    "MixedRankLinear",
+    "__version__",
+    "build_info",
+    "clear_paths",
+    "draw_paths",
+    "keep_threshold",
+    "lowrank_sparse_linear",
+    "masked_linear",
+    "packed_lowrank_sparse_linear",
+    "swap_linears",
+    "weighted_svd",
+]
+
+
+def build_info() -> dict:
+    """What is installed: versions, the state of each native library in words, and what the native build
+    recorded.
+
+    Keys: version, torch, native ({"cpu", "cuda"}: "loaded" or why not), build (the native module's own
+    record, or None and, in "build_missing", why).
+    """
+    info = {"version": __version__, "torch": torch.__version__, "native": dict(NATIVE)}
+    try:
+        from . import _native
+    except ImportError as error:
+        info["build"] = None
+        info["build_missing"] = (
+            f"{error}; reinstall lpaf-kernels where a C++20 compiler is installed to build it"
+        )
+    else:
+        info["build"] = dict(_native.build_info())
+    return info

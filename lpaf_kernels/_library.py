@@ -1,0 +1,103 @@
+"""Operator schemas, native libraries and fallback registration.
+
+Every operator of the namespace ``lpaf_kernels`` is declared here, in Python, so that the schemas exist
+whether or not a native library was built. A native library registers implementations only. For every
+(operator, dispatch key) that no native library serves, the operator's own module registers its implementation
+through torch, see :func:`register_fallback`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "lpaf_kernels"
+DISABLE_NATIVE = "LPAF_KERNELS_DISABLE_NATIVE"
+
+SCHEMAS = (
+    "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights)"
+    " -> (Tensor value, Tensor tie_index)",
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias)"
+    " -> Tensor",
+    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor value,"
+    " Tensor tie_index, bool[4] needs) -> (Tensor d_x, Tensor d_weight, Tensor d_scores, Tensor d_bias)",
+    "masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index, ScalarType dtype)"
+    " -> Tensor",
+    "masked_linear_grads(Tensor grad_weight, Tensor weight, Tensor scores, Tensor value, Tensor tie_index)"
+    " -> (Tensor d_weight, Tensor d_scores)",
+    "lowrank_sparse_linear(Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor? bias, str activation,"
+    " bool training) -> (Tensor y, Tensor z, Tensor pre)",
+    "lowrank_sparse_linear_backward(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
+    " Tensor saved, str activation, bool[4] needs)"
+    " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
+    "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
+)
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    library.define(_schema)
+
+
+def _load(file: Path, needed: bool, reason: str) -> str:
+    """Load one native library and return its state in words."""
+    if os.environ.get(DISABLE_NATIVE) == "1":
+        return f"not loaded: {DISABLE_NATIVE}=1"
+    if not needed:
+        return f"not loaded: {reason}"
+    if not file.is_file():
+        return (
+            f"not built: {file.name} is missing; reinstall lpaf-kernels where {reason} to build it,"
+            " until then the operators run through torch"
+        )
+    try:
+        torch.ops.load_library(file)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        return f"failed to load {file.name}: {reason}; rebuild lpaf-kernels for torch {torch.__version__}"
+    return "loaded"
+
+
+_here = Path(__file__).parent
+NATIVE: dict[str, str] = {
+    "cpu": _load(_here / "_ops_cpu.so", True, "a C++20 compiler is installed"),
+    "cuda": _load(
+        _here / "_ops_cuda.so",
+        torch.version.cuda is not None,
+        "nvcc is installed" if torch.version.cuda is not None else "this torch is built without CUDA",
+    ),
+}
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether operator ``name`` already has a kernel for dispatch key ``key``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def register_fallback(name: str, kernel: Callable) -> None:
+    """Register ``kernel`` for the CPU and CUDA keys of operator ``name`` that no native library serves."""
+    for key in ("CPU", "CUDA"):
+        if not has_kernel(name, key):
+            library.impl(name, kernel, key)
+
+
+def register_autocast(name: str, cast: Callable) -> None:
+    """Under autocast call operator ``name`` with ``cast(dtype, *arguments)`` in place of its arguments.
+
+    ``torch.library.register_autocast`` casts every floating argument; masked_linear must not cast its scores.
+    """
+
+    def make(device_type: str, key: str) -> Callable:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*arguments):
+            arguments = cast(torch.get_autocast_dtype(device_type), *arguments)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments)
+
+        return autocast
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl(name, make(device_type, key), key)

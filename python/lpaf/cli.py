@@ -1,0 +1,262 @@
+"""The ``lpaf`` command. Heavy imports wait until a subcommand needs them, so that ``lpaf --help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+DESCRIPTION = """\
+Compress a transformer by pruning and low-rank factorisation.
+
+  lpaf demo                         fine-tune, compress and compare on a built-in task (about 10 minutes on 2 CPU cores)
+  lpaf compress --model DIR --task sst2 --ratio 0.25 --output small
+                                    make a small, fast copy of your model
+  lpaf evaluate --model small --task sst2
+  lpaf bench    --model small       latency against the dense original
+  lpaf inspect  --model small       ranks, spectra and sparsity patterns
+
+A compressed directory loads in any transformers program after `import lpaf`.
+"""
+
+GROUPS = {
+    "what": "what to compress",
+    "size": "how small (one of --rank and --ratio)",
+    "data": "data (without any of these, GLUE tasks come from the Hub)",
+    "training": "training",
+    "method": "method (each step can be switched off)",
+    "running": "running",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there is one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default not in (None, False, True, "", argparse.SUPPRESS) and "default" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+def _value_type(annotation: Any) -> type:
+    """int from ``int | None`` and the like."""
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def add_compress_options(parser: argparse.ArgumentParser) -> None:
+    """One command-line option per field of CompressOptions."""
+    import dataclasses
+
+    from .recipes.methods import METHODS
+    from .recipes.options import CompressOptions, flag
+
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    annotations = typing.get_type_hints(CompressOptions)
+    for field in dataclasses.fields(CompressOptions):
+        meta = field.metadata
+        kind = _value_type(annotations[field.name])
+        text = meta["help"].replace("%", "%%")
+        if field.name == "method":
+            text += "".join(f"; {method.name}: {method.summary}" for method in METHODS.values())
+        options: dict[str, Any] = {"help": text, "dest": field.name, "default": field.default}
+        name = flag(field.name)
+        if meta.get("negate"):
+            name, options["action"] = f"--no-{name[2:]}", "store_false"
+        elif kind is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"type": kind, "metavar": meta.get("metavar", field.name.upper())}
+            if meta.get("choices"):
+                options["metavar"] = "|".join(meta["choices"])
+        if field.name in ("model", "task", "output"):
+            options |= {"required": True}
+        groups[meta["group"]].add_argument(name, **options)
+
+
+def run_compress(arguments: argparse.Namespace) -> None:
+    from .recipes.compress import compress
+    from .recipes.options import CompressOptions
+    from .report.terminal import final_table, show
+
+    values = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
+    _, report = compress(CompressOptions(**values))
+    show(final_table(report))
+    print(f"\nwritten to {arguments.output}; open {Path(arguments.output) / 'report.html'}")
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
+    parser.add_argument("--task", required=True, help="task name, as for lpaf compress")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet)")
+    parser.add_argument("--validation-file", metavar="FILE", help="file to evaluate on, instead of --data-dir")
+    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens per example")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples per batch")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--predictions", metavar="FILE", help="also write label and logits of every example (jsonl)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    from .evaluate.evaluate import evaluate_directory
+    from .report.terminal import metrics_table, show
+
+    result = evaluate_directory(
+        arguments.model,
+        arguments.task,
+        data_dir=arguments.data_dir,
+        validation_file=arguments.validation_file,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        predictions=arguments.predictions,
+    )
+    print(json.dumps(result, indent=1)) if arguments.json else show(metrics_table(result["metrics"]))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,8, got {text!r}") from None
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, got {text!r}")
+    return values
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
+    parser.add_argument(
+        "--against",
+        metavar="DIR_OR_NAME",
+        help="second model (default: a dense model of the same shape with random weights)",
+    )
+    parser.add_argument("--batch", type=_numbers, default=[1, 8], metavar="N,N", help="batch sizes (default: 1,8)")
+    parser.add_argument("--length", type=_numbers, default=[128], metavar="N,N", help="sequence lengths (default: 128)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds per cell")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of both models")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    from .evaluate.bench import bench, bench_lines
+    from .report.terminal import bench_table, show
+
+    rows = bench(
+        arguments.model,
+        against=arguments.against,
+        batches=arguments.batch,
+        lengths=arguments.length,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    print(json.dumps(rows, indent=1)) if arguments.json else show(bench_table(bench_lines(rows)))
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
+    parser.add_argument("--pictures", metavar="DIR", help="write the pictures and a page with them here")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from .report.inspect import inspect_directory, write_pictures
+    from .report.terminal import inspection_table, show
+
+    inspection = inspect_directory(Path(arguments.model))
+    if arguments.json:
+        print(json.dumps(inspection.to_json(), indent=1))
+    else:
+        show(inspection_table(inspection))
+        print(inspection.sentence())
+    if arguments.pictures:
+        write_pictures(inspection, Path(arguments.pictures))
+        print(f"pictures in {arguments.pictures}", file=sys.stderr)
+
+
+def add_demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="directory to write")
+    parser.add_argument("--quick", action="store_true", help="a smoke run on a fraction of the data, under 2 minutes")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from .recipes.demo import demo
+
+    demo(Path(arguments.output), quick=arguments.quick, seed=arguments.seed)
+
+
+COMMANDS = {
+    "compress": (add_compress_options, run_compress, "compress a model for a task"),
+    "evaluate": (add_evaluate_options, run_evaluate, "score a model on a task"),
+    "bench": (add_bench_options, run_bench, "time a model against another, interleaved"),
+    "inspect": (add_inspect_options, run_inspect, "show ranks, spectra and sparsity patterns"),
+    "demo": (add_demo_options, run_demo, "run the whole story on a built-in model and task"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only ``command``'s options are filled in, because listing methods imports the pipeline."""
+    parser = Parser(prog="lpaf", description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, (add_options, run, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
+        sub.set_defaults(run=run)
+        if name == command:
+            add_options(sub)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"lpaf-kernels {version('lpaf-kernels')}"
+    except PackageNotFoundError:
+        return "lpaf-kernels (not installed)"
+
+
+def _quiet_transformers() -> None:
+    """One bar per stage: transformers' own bars (one per saved checkpoint) would bury it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in arguments if word in COMMANDS), None)
+    try:
+        parsed = build_parser(command).parse_args(arguments)
+        _quiet_transformers()
+        parsed.run(parsed)
+    except InputError as error:
+        message = " ".join(str(error).split())
+        print(f"lpaf {command}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lpaf {command}: interrupted; --resume continues a compression", file=sys.stderr)
+        return 130
+    return 0

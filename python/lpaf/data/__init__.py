@@ -1,0 +1,17 @@
+"""Tasks and their data: specifications, loading with checks, tokenisation, and the built-in docstrings task."""
+
+from __future__ import annotations
+
+from .load import TaskData, check_labels, load_task, make_task_data, tokenize
+from .tasks import TASKS, TaskSpec, get_task
+
+__all__ = [
+    "TASKS",
+    "TaskData",
+    "TaskSpec",
+    "check_labels",
+    "get_task",
+    "load_task",
+    "make_task_data",
+    "tokenize",
+]

@@ -1,0 +1,124 @@
+"""The tasks: every GLUE task by its name on the Hub, two tasks for your own files, and the docstrings task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+CLASSIFICATION = "classification"
+REGRESSION = "regression"
+METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+
+# What the columns of a file may be called when the task does not fix it, in the order in which they are looked for.
+FREE_TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task's examples look like and how predictions are scored.
+
+    Args:
+        name: the name that ``--task`` takes.
+        text_columns: the choices of text columns, each a tuple of one (single text) or two (pair) column names; the first
+            choice whose columns are all in the file is used.
+        problem: "classification" or "regression".
+        metrics: names out of ``METRICS``, in the order in which they are shown.
+        main_metric: the one that stands for the task, out of ``metrics``.
+        labels: class names in the order of their integer labels on the Hub, or None when the data decide (and for
+            regression).
+        label_column: column of the label. Default: "label".
+        validation_splits: names of the validation splits; the first is the main one.
+        hub: (repository, configuration) of ``datasets.load_dataset``, or None for tasks without one.
+
+    Raises:
+        ValueError: an unknown problem or metric, a main metric outside ``metrics``, or no text columns.
+    """
+
+    name: str
+    text_columns: tuple[tuple[str, ...], ...]
+    problem: str
+    metrics: tuple[str, ...]
+    main_metric: str
+    labels: tuple[str, ...] | None = None
+    label_column: str = "label"
+    validation_splits: tuple[str, ...] = ("validation",)
+    hub: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.problem not in (CLASSIFICATION, REGRESSION):
+            raise ValueError(f"problem={self.problem!r}: expected {CLASSIFICATION!r} or {REGRESSION!r}")
+        if not self.text_columns or any(len(choice) not in (1, 2) for choice in self.text_columns):
+            raise ValueError(
+                f"text_columns={self.text_columns!r}: expected choices of one or two column names"
+            )
+        unknown = sorted(set(self.metrics) - set(METRICS))
+        if unknown:
+            raise ValueError(
+                f"metrics={self.metrics!r}: unknown {unknown[0]!r}; expected names out of {METRICS}"
+            )
+        if self.main_metric not in self.metrics:
+            raise ValueError(f"main_metric={self.main_metric!r}: expected one of metrics={self.metrics!r}")
+        if not self.validation_splits:
+            raise ValueError("validation_splits=(): expected at least one name")
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a number."""
+        return self.problem == REGRESSION
+
+
+def _glue(
+    name: str,
+    columns: tuple[str, ...],
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...] = ("accuracy",),
+    validation_splits: tuple[str, ...] = ("validation",),
+) -> TaskSpec:
+    return TaskSpec(
+        name=name,
+        text_columns=(columns,),
+        problem=REGRESSION if labels is None else CLASSIFICATION,
+        metrics=metrics,
+        main_metric=metrics[0],
+        labels=labels,
+        validation_splits=validation_splits,
+        hub=("nyu-mll/glue", name),
+    )
+
+
+_PAIR = ("sentence1", "sentence2")
+
+TASKS: dict[str, TaskSpec] = {
+    task.name: task
+    for task in (
+        _glue("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+        _glue("sst2", ("sentence",), ("negative", "positive")),
+        _glue("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        _glue("stsb", _PAIR, None, ("pearson", "spearmanr")),
+        _glue(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            validation_splits=("validation_matched", "validation_mismatched"),
+        ),
+        _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+        _glue("rte", _PAIR, ("entailment", "not_entailment")),
+        _glue("wnli", _PAIR, ("not_entailment", "entailment")),
+        TaskSpec("text-classification", FREE_TEXT_COLUMNS, CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
+        TaskSpec("text-regression", FREE_TEXT_COLUMNS, REGRESSION, ("pearson", "spearmanr"), "pearson"),
+        TaskSpec("docstrings", (("text",),), CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
+    )
+}
+
+
+def get_task(name: str) -> TaskSpec:
+    """The task called ``name``.
+
+    Raises:
+        InputError: no task has that name; the message lists those that exist.
+    """
+    if name not in TASKS:
+        raise InputError(f"--task {name}: no such task; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,1 @@
+"""Scoring, timing and spectra of models."""

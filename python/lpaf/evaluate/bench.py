@@ -1,0 +1,101 @@
+"""``lpaf bench``: latency of a model directory against another, interleaved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from ..errors import InputError
+from ..models.checkpoint import load_classifier, load_config
+from ..models.count import encoder_params, forward_macs
+from ..models.device import device_name, resolve_device
+from .latency import interleaved_latency
+
+RANDOM_TWIN = "dense (random weights)"
+
+
+def dense_twin(model: str) -> torch.nn.Module:
+    """A dense model of the same configuration with random weights: its time is that of the original."""
+    config = load_config(model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def bench(
+    model: str,
+    against: str | None = None,
+    batches: list[int] | tuple[int, ...] = (1, 8),
+    lengths: list[int] | tuple[int, ...] = (128,),
+    rounds: int = 20,
+    threads: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """One row per (batch, length): milliseconds of both models, and how much faster ``model`` is.
+
+    Both run eagerly with scaled-dot-product attention on the same inputs, in turns.
+
+    Raises:
+        InputError: bad model, device or size.
+    """
+    for name, value in (("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    target = resolve_device(device)
+    config = load_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max(lengths) > limit:
+        raise InputError(f"--length {max(lengths)}: the model takes at most {limit} tokens")
+    other = against or RANDOM_TWIN
+    models = {
+        other: dense_twin(model) if against is None else load_classifier(against, flag="--against"),
+        model: load_classifier(model),
+    }
+    for module in models.values():
+        module.to(device=target, dtype=getattr(torch, dtype))
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = []
+    try:
+        for batch in batches:
+            for length in lengths:
+                times = interleaved_latency(models, batch, length, rounds=rounds)
+                rows.append(
+                    {
+                        "model": model,
+                        "against": other,
+                        "batch": batch,
+                        "length": length,
+                        "model_ms": times[model].median,
+                        "against_ms": times[other].median,
+                        "speedup": times[other].median / times[model].median,
+                        "model_p20_p80": [times[model].p20, times[model].p80],
+                        "against_p20_p80": [times[other].p20, times[other].p80],
+                        "model_macs": forward_macs(models[model], length) * batch,
+                        "against_macs": forward_macs(models[other], length) * batch,
+                        "encoder_ratio": encoder_params(models[model]) / encoder_params(models[other]),
+                        "device": device_name(target),
+                        "dtype": dtype,
+                        "threads": torch.get_num_threads(),
+                        "rounds": rounds,
+                    }
+                )
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def bench_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two table lines per row of :func:`bench`: the other model, then the model with its speed-up."""
+    lines = []
+    for row in rows:
+        for role in ("against", "model"):
+            p20, p80 = row[f"{role}_p20_p80"]
+            line = {key: row[key] for key in ("batch", "length")}
+            line |= {"model": row[role], "latency_ms": row[f"{role}_ms"], "p20": p20, "p80": p80}
+            lines.append(line | {"speedup": row["speedup"] if role == "model" else 1.0})
+    return lines

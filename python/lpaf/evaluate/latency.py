@@ -1,0 +1,67 @@
+"""Interleaved latency of several models on the same inputs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass over the rounds of a run."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def interleaved_latency(
+    models: Mapping[str, nn.Module], batch: int, length: int, rounds: int = 20, warmup: int = 3, seed: int = 0
+) -> dict[str, Latency]:
+    """Time one forward pass of every model, one after the other in each round, on the same random token ids.
+
+    The models keep their device, dtype and attention implementation; they are timed in eval mode without autograd.
+
+    Args:
+        models: name -> sequence classifier.
+        batch: sequences per pass.
+        length: tokens per sequence, no padding.
+        rounds: timed rounds. Default: 20.
+        warmup: untimed rounds before them. Default: 3.
+    """
+    first = next(iter(models.values()))
+    device = next(first.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, first.config.vocab_size, (batch, length), generator=generator).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    for turn in tqdm(range(warmup + rounds), desc=f"latency {batch}x{length}", unit="round", delay=2, leave=False):
+        for name, model in models.items():
+            _sync(device)
+            start = time.perf_counter()
+            model(**inputs)
+            _sync(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    for name, model in models.items():
+        model.train(training[name])
+    result = {}
+    for name, values in seconds.items():
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        result[name] = Latency(*(1e3 * value for value in (statistics.median(values), tenths[1], tenths[7])))
+    return result

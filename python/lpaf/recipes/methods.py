@@ -1,0 +1,77 @@
+"""The registry of compression methods: which pruner, factoriser and retrainer each one chains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import InputError
+from .options import CompressOptions
+
+
+@dataclass(frozen=True)
+class Method:
+    """One ``--method``.
+
+    Args:
+        name: its name on the command line.
+        summary: one line for ``lpaf compress --help``.
+        pruner: name in ``lpaf.prune.PRUNERS``, or None.
+        factorizer: name in ``lpaf.factorize.FACTORIZERS``.
+        weighting: row weights of the factoriser: "none", "mask" or "scores".
+        retrainer: name in ``lpaf.retrain.RETRAINERS``.
+        consistency: whether retraining compares two passes.
+    """
+
+    name: str
+    summary: str
+    pruner: str | None
+    factorizer: str
+    weighting: str
+    retrainer: str
+    consistency: bool
+
+    def with_options(self, options: CompressOptions) -> Method:
+        """The method with the steps switched off that ``options`` switches off."""
+        pruner = self.pruner if options.prune else None
+        weighting = self.weighting
+        if weighting != "none":
+            weighting = options.weighting if pruner else "none"
+        return replace(
+            self,
+            pruner=pruner,
+            weighting=weighting,
+            retrainer=self.retrainer if options.mixed_rank else "plain",
+            consistency=self.consistency and options.consistency,
+        )
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "lpaf",
+            "first-order pruning, row-weighted SVD, mixed-rank fine-tuning (Ren and Zhu, 2024)",
+            pruner="movement",
+            factorizer="svd",
+            weighting="scores",
+            retrainer="mixed-rank",
+            consistency=True,
+        ),
+        Method(
+            "svd",
+            "truncated SVD of the fine-tuned model, then as many updates of retraining (Ben Noach and Goldberg, 2020)",
+            pruner=None,
+            factorizer="svd",
+            weighting="none",
+            retrainer="plain",
+            consistency=False,
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``, or InputError with the known names."""
+    if name not in METHODS:
+        raise InputError(f"--method {name}: unknown; expected one of {', '.join(METHODS)}")
+    return METHODS[name]

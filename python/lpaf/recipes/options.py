@@ -1,0 +1,118 @@
+"""Options of ``lpaf compress``, as one validated dataclass; the command line is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from ..factorize import WEIGHTINGS
+
+
+def option(default: Any, text: str, group: str, **extra: Any) -> Any:
+    """A dataclass field with what the command line needs to show it."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Everything that decides a compression run; see each field's help.
+
+    Raises:
+        InputError: an option outside its range; the message names it as the command line does.
+    """
+
+    model: str = option("", "model directory, Hub name, or built-in short name (minilm-l6)", "what", metavar="MODEL")
+    task: str = option("", "task name: sst2, cola, mrpc, ..., text-classification, text-regression, docstrings", "what")
+    output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
+    method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
+    save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
+    rank: int | None = option(None, "rank of every encoder matrix", "size", metavar="K")
+    ratio: float | None = option(None, "share of encoder weights to keep, in (0, 1]; picks the rank", "size", metavar="R")
+    force: bool = option(False, "accept ranks above break-even", "size")
+
+    data_dir: str | None = option(None, "folder with train.* and validation.* (csv, json, jsonl, parquet)", "data", metavar="DIR")
+    train_file: str | None = option(None, "training file, instead of --data-dir", "data", metavar="FILE")
+    validation_file: str | None = option(None, "validation file, instead of --data-dir", "data", metavar="FILE")
+    max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
+    max_length: int = option(128, "tokens per example", "data", metavar="N")
+
+    finetune_epochs: float | None = option(
+        None, "epochs of dense fine-tuning (default: 0 if the model has a trained head for the task, else 3)", "training", metavar="F"
+    )
+    prune_epochs: float = option(2.0, "epochs of pruning", "training", metavar="F")
+    retrain_epochs: float = option(3.0, "epochs of retraining after factorisation", "training", metavar="F")
+    batch_size: int = option(32, "examples per update", "training", metavar="N")
+    finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")
+    prune_lr: float = option(5e-5, "learning rate of the weights while pruning", "training", metavar="X")
+    score_lr: float = option(1e-2, "learning rate of the pruning scores", "training", metavar="X")
+    retrain_lr: float = option(2e-4, "learning rate of retraining", "training", metavar="X")
+    distill: float = option(0.5, "weight of logit distillation from the dense model, in [0, 1]", "training", metavar="X")
+    temperature: float = option(2.0, "temperature of the distillation", "training", metavar="X")
+    seed: int = option(0, "seed of data order, dropout, draws and new heads", "training", metavar="N")
+
+    keep: float | None = option(None, "share of weights that pruning keeps (default: by rank)", "method", metavar="V")
+    scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
+    prune_warmup: float = option(0.1, "share of pruning updates before it starts", "method", metavar="X")
+    prune_cooldown: float = option(0.3, "share of pruning updates at the final share", "method", metavar="X")
+    prune: bool = option(True, "skip pruning (its updates go to retraining)", "method", negate=True)
+    weighting: str = option("scores", "row weights of the SVD", "method", choices=WEIGHTINGS)
+    mixed_rank: bool = option(True, "retrain the factors alone, without the sparse matrices", "method", negate=True)
+    mixed_rank_p: float | None = option(None, "first probability of the sparse path (default: by rank)", "method", metavar="P")
+    consistency: bool = option(True, "one pass per batch, without the consistency loss", "method", negate=True)
+
+    checkpoint_steps: int = option(200, "updates between checkpoints; 0 writes none", "running", metavar="N")
+    resume: bool = option(False, "continue an interrupted run of the same options", "running")
+    overwrite: bool = option(False, "replace an existing output, or discard an interrupted run", "running")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)", "running")
+    bf16: bool = option(False, "train under bfloat16 autocast", "running")
+    bench_batch: int = option(8, "batch of the latency measurement", "running", metavar="N")
+    bench_length: int = option(128, "sequence length of the latency and FLOP figures", "running", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task", "output"):
+            if not getattr(self, name):
+                raise InputError(f"{flag(name)}: is required")
+        positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
+        for name in (*positive, "retrain_epochs", "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{flag(name)} {value:g}: must be above 0")
+        for name in ("finetune_epochs", "checkpoint_steps", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
+        if self.prune and not self.prune_epochs > 0:
+            raise InputError(f"--prune-epochs {self.prune_epochs:g}: must be above 0, or pass --no-prune")
+        for name in ("distill", "mixed_rank_p"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
+        if self.keep is not None and not 0.0 < self.keep <= 1.0:
+            raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
+        for name in ("prune_warmup", "prune_cooldown"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{flag(name)} {getattr(self, name):g}: must be in [0, 1)")
+        if self.prune_warmup + self.prune_cooldown >= 1.0:
+            raise InputError(
+                f"--prune-warmup {self.prune_warmup:g} and --prune-cooldown {self.prune_cooldown:g}: leave no update to "
+                "prune in; their sum must be below 1"
+            )
+        for field in dataclasses.fields(self):
+            choices = field.metadata.get("choices")
+            if choices and getattr(self, field.name) not in choices:
+                raise InputError(f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, JSON-able."""
+        return dataclasses.asdict(self)
+
+
+#: options that do not change the weights a run ends with; a resumed run may change them
+RUN_OPTIONS = ("output", "save_dense", "resume", "overwrite", "checkpoint_steps", "bench_batch", "bench_length", "force")
+
+
+def flag(name: str) -> str:
+    """The command line's name of an option field."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,137 @@
+"""The output directory and the work directory beside it: refuse, resume, and publish in one rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+class Workspace:
+    """Where a run keeps its checkpoints, and how its result appears.
+
+    Everything is written to ``.NAME.lpaf-work`` beside the output. The output directory itself appears in one rename when
+    it is complete; a run that dies leaves the work directory, from which ``--resume`` goes on.
+
+    Args:
+        output: directory to write in the end.
+        settings: what decides the weights; a resumed run must have the same.
+        resume: continue an interrupted run.
+        overwrite: replace an existing output and discard an interrupted run.
+        bytes_needed: estimate of the space that checkpoints and output take.
+
+    Raises:
+        InputError: output exists, is not writable or the disk is too full; an interrupted run is in the way or has other
+            settings.
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], resume: bool, overwrite: bool, bytes_needed: int = 0
+    ) -> None:
+        self.output = output
+        self.directory = output.parent / f".{output.name}.lpaf-work"
+        self.overwrite = overwrite
+        check_output(output, overwrite)
+        if self.directory.exists() and not resume:
+            if not overwrite:
+                raise InputError(
+                    f"--output {output}: an interrupted run is in {self.directory}; pass --resume to continue it, or "
+                    "--overwrite to start again"
+                )
+            shutil.rmtree(self.directory)
+        self.resuming = self.directory.exists()
+        if self.resuming:
+            self._check_settings(settings)
+        free = shutil.disk_usage(_existing_parent(output)).free
+        if free < bytes_needed:
+            raise InputError(
+                f"--output {output}: disk full: {free / 1e6:.0f} MB free, about {bytes_needed / 1e6:.0f} MB needed for "
+                "checkpoints and output; free some space, or pass --checkpoint-steps 0"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:
+            self._write_json("settings.json", settings)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.directory / "settings.json"
+        if not path.is_file():
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings))
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"--resume: the interrupted run had {name} = {before.get(name)!r}, this one has {now[name]!r}; repeat its "
+                "options, or pass --overwrite instead of --resume to start again"
+            )
+
+    def _write_json(self, name: str, value: Any) -> None:
+        temporary = self.directory / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        temporary.replace(self.directory / name)
+
+    def stage(self, name: str) -> Path:
+        """The folder of one training stage's checkpoints."""
+        path = self.directory / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def load(self, name: str) -> Any:
+        """The record that :meth:`store` wrote under ``name``, or None."""
+        path = self.directory / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def store(self, name: str, value: Any) -> None:
+        """Write a JSON record; it is there whole or not at all."""
+        self._write_json(f"{name}.json", value)
+
+    def publish(self, staged: Path) -> None:
+        """Rename the finished directory to the output and drop the work directory."""
+        old = None
+        if self.output.exists():
+            if any(self.output.iterdir()):
+                old = self.directory / "replaced"
+                shutil.rmtree(old, ignore_errors=True)
+                self.output.rename(old)
+            else:
+                self.output.rmdir()
+        staged.rename(self.output)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _existing_parent(path: Path) -> Path:
+    for parent in path.absolute().parents:
+        if parent.exists():
+            return parent
+    return Path("/")
+
+
+def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
+    """Raise InputError unless ``output`` can become a new directory; writes nothing."""
+    if output.exists():
+        if not output.is_dir():
+            raise InputError(f"{flag} {output}: is a file; pass a directory")
+        if any(output.iterdir()) and not overwrite:
+            raise InputError(f"{flag} {output}: exists and is not empty; pass --overwrite to replace it")
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise InputError(f"{flag} {output}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {output}: {parent} is not writable; pass a directory you may write to")
+
+
+def explain_os_error(error: OSError | RuntimeError, output: Path) -> InputError | None:
+    """The one-line message for a full or read-only disk met while writing, or None for any other error."""
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text
+    if full or "PytorchStreamWriter failed" in text:
+        return InputError(f"--output {output}: disk full while writing; free some space and continue with --resume")
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return InputError(f"--output {output}: not writable ({os.strerror(error.errno)}); pass another directory")
+    return None

@@ -1,0 +1,107 @@
+"""The model card: README.md of a compressed model's directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpaf.report.summary import (
+    command_text,
+    flatten,
+    headlines,
+    latency_conditions,
+    loading_snippet,
+    stage_rows,
+)
+
+METHODS = {
+    "lpaf": "LPAF: first-order pruning, low-rank factorization of the sparse matrices, mixed-rank training",
+    "svd": "truncated singular value decomposition of the fine-tuned matrices, then fine-tuning",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def hub_id(model: str) -> str | None:
+    """``model`` when it can only be a name on the Hub (owner/name and no such path here), else None."""
+    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
+
+
+def front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's metadata, without a licence: that of the original model holds, and it is not known here."""
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["lpaf", "model-compression", "low-rank", "pruning" if report["method"] == "lpaf" else "svd"],
+        "metrics": [report["metric"]["name"]],
+    }
+    base = hub_id(str(report["model"]))
+    if base is not None:
+        fields["base_model"] = base
+    return fields
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def _code(text: Any) -> str:
+    """Inline code whose fence is longer than any run of backticks inside."""
+    line = _one_line(text)
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", line)), default=0) + 1)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _block(text: str, language: str = "") -> str:
+    fence = "`" * max(max((len(run) for run in re.findall(r"`+", text)), default=0) + 1, 3)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _cell(text: Any) -> str:
+    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", _one_line(text))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    ruler = "|" + "|".join([" --- ", *(" ---: " for _ in head[1:])]) + "|"
+    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], ruler, *lines[1:]])
+
+
+def render_card(report: Mapping[str, Any]) -> str:
+    """The model card of one compression run as Markdown with YAML front matter."""
+    matter = yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True, width=1000)
+    method, latency, data = str(report["method"]), report["latency_ms"], report["data"]
+    head = ("", "dense", "pruned", "factorized", "compressed", "compressed / dense")
+    validation = ", ".join(f"{split} {count}" for split, count in data["validation"].items())
+    provenance = [
+        f"- Original model: {_code(report['model'])}",
+        f"- Task: {_code(report['task'])}; {data['train']} training examples; validation examples: "
+        f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
+        f"- Method: {_cell(METHODS.get(method, method))}",
+        f"- Seed: {_one_line(report['seed'])}",
+        "- Versions: "
+        + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
+    ]
+    parts = [
+        f"---\n{matter}---",
+        f"# {_cell(Path(str(report['model'])).name)} compressed by {_cell(method)}",
+        "\n".join(f"- **{_cell(part.value)}** {_cell(part.text)}" for part in headlines(report)),
+        "## Use",
+        "With `lpaf-kernels` installed:",
+        _block(loading_snippet(), "python"),
+        "## Numbers",
+        _table(head, [tuple(row) for row in stage_rows(report)]),
+        f"Latency: median of {latency['rounds']} interleaved rounds, {_cell(latency_conditions(report))}. "
+        "MACs: multiply-accumulates of the encoder's matrices and attention products. Pictures and numbers: "
+        "`report.html`, `report.json`.",
+        "## How it was made",
+        _block(command_text(report["command"]), "sh"),
+        "\n".join(provenance),
+        "The licence, intended use and limits of the original model and of its training data carry over; "
+        "compression can change behaviour on groups of inputs that the metric above does not tell apart.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,72 @@
+"""Batches of similar length, in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Indices shuffled, then sorted by length inside groups of ``window`` batches, batches shuffled again.
+
+    The order is a function of ``seed`` and ``epoch()``, so that a run resumed in the middle of an epoch sees the batches
+    that the uninterrupted run would have seen.
+
+    Args:
+        lengths: length of every example.
+        batch_size: examples per batch.
+        seed: seed of the order.
+        epoch: returns the number of the epoch that begins.
+        window: batches sorted together. Default: 50.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int], window: int = 50
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch, self.window = lengths, batch_size, seed, epoch, window
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch())
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        span = self.batch_size * self.window
+        batches = []
+        for start in range(0, len(order), span):
+            group = sorted(order[start : start + span], key=lambda index: self.lengths[index])
+            batches += [group[at : at + self.batch_size] for at in range(0, len(group), self.batch_size)]
+        short = batches.pop(next(i for i, b in enumerate(batches) if len(b) < self.batch_size)) if (
+            len(order) % self.batch_size
+        ) else []
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[index]
+        yield from short
+
+
+class Collator:
+    """Pads a list of tokenised examples to the longest and stacks labels and teacher logits.
+
+    Args:
+        tokenizer: pads ``input_ids`` and its companions.
+        problem: labels become int64 for "classification", float32 for "regression".
+    """
+
+    def __init__(self, tokenizer: Any, problem: str) -> None:
+        self.tokenizer, self.problem = tokenizer, problem
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        names = [name for name in self.tokenizer.model_input_names if name in examples[0]]
+        batch = dict(
+            self.tokenizer.pad([{name: row[name] for name in names} for row in examples], return_tensors="pt")
+        )
+        if "labels" in examples[0]:
+            dtype = torch.float32 if self.problem == "regression" else torch.int64
+            batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)
+        if "teacher_logits" in examples[0]:
+            rows = [torch.as_tensor(row["teacher_logits"], dtype=torch.float32) for row in examples]
+            batch["teacher_logits"] = torch.stack(rows)
+        return batch

@@ -1,0 +1,82 @@
+"""The training loss: task, logit distillation, and consistency between two passes (LPAF sections 4.3 and 5.1.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, problem: str, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher || student) at temperature T for classes [B, C], mean squared error for regression [B, 1]."""
+    if problem == "regression":
+        return F.mse_loss(logits, teacher)
+    student = F.log_softmax(logits / temperature, dim=-1)
+    target = F.log_softmax(teacher / temperature, dim=-1)
+    return F.kl_div(student, target, log_target=True, reduction="batchmean") * temperature**2
+
+
+def consistency_loss(first: torch.Tensor, second: torch.Tensor, problem: str) -> torch.Tensor:
+    """Eq. 14: symmetric KL between two passes' class distributions, mean squared error for regression."""
+    if problem == "regression":
+        return F.mse_loss(first, second)
+    p, q = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+    forward = F.kl_div(p, q, log_target=True, reduction="batchmean")
+    backward = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    return 0.5 * (forward + backward)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which terms a training stage adds up.
+
+    loss = (1 - distill) * task + distill * distillation + consistency * consistency
+
+    Args:
+        problem: "classification" (cross entropy) or "regression" (mean squared error).
+        distill: weight of logit distillation in [0, 1]; needs teacher logits. Default: 0.
+        temperature: softmax temperature of the distillation. Default: 2.
+        consistency: weight of the consistency term; above 0 every batch runs twice. Default: 0.
+    """
+
+    problem: str
+    distill: float = 0.0
+    temperature: float = 2.0
+    consistency: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per batch."""
+        return 2 if self.consistency > 0 else 1
+
+    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.problem == "regression":
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its parts.
+
+        Args:
+            logits: [passes * B, C].
+            labels: [B].
+            teacher: [B, C] logits, or None without distillation.
+        """
+        outputs = logits.float().chunk(self.passes)
+        loss = torch.stack([self.task_loss(output, labels) for output in outputs]).mean()
+        parts = {"task": loss.detach()}
+        if self.distill > 0:
+            if teacher is None:
+                raise ValueError("distill: needs the teacher's logits in every batch")
+            terms = [distillation_loss(output, teacher, self.problem, self.temperature) for output in outputs]
+            distilled = torch.stack(terms).mean()
+            parts["distillation"] = distilled.detach()
+            loss = (1 - self.distill) * loss + self.distill * distilled
+        if self.passes == 2:
+            consistent = consistency_loss(*outputs, self.problem)
+            parts["consistency"] = consistent.detach()
+            loss = loss + self.consistency * consistent
+        return loss, parts

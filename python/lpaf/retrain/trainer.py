@@ -1,0 +1,249 @@
+"""One training stage on the transformers Trainer: objective, parameter groups, checkpoints that survive a kill."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..errors import TrainingDivergedError
+from .batches import Collator, LengthGroupedSampler
+from .objective import Objective
+
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a stage trains.
+
+    Args:
+        epochs: passes over the data; fractions allowed.
+        learning_rate: peak rate of AdamW; linear warm-up, then linear decay to 0.
+        score_learning_rate: peak rate of pruning scores.
+        batch_size: examples per update.
+        warmup: share of the updates in the warm-up. Default: 0.06.
+        weight_decay: AdamW's, not on biases, norms and scores. Default: 0.01.
+        max_grad_norm: joint clip of all gradients. Default: 1.
+        seed: seed of the data order, dropout and path draws.
+        checkpoint_steps: updates between checkpoints; 0 writes none.
+        device: "cpu" or "cuda".
+        bf16: autocast to bfloat16. Default: False.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+    score_learning_rate: float = 1e-2
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    checkpoint_steps: int = 0
+    device: str = "cpu"
+    bf16: bool = False
+
+    def updates(self, examples: int) -> int:
+        """Optimizer updates over ``examples`` examples."""
+        return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+
+
+class StageTrainer(Trainer):
+    """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history."""
+
+    def __init__(self, *args: Any, stage: str, objective: Objective, options: TrainOptions, **kwargs: Any) -> None:
+        self.stage, self.objective, self.options = stage, objective, options
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._diverged: torch.Tensor | None = None
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    # data ------------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.world_size
+        per_epoch = math.ceil(len(dataset) / batch)
+        return LengthGroupedSampler(
+            dataset["length"], batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
+        )
+
+    # optimisation ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with three groups: decayed weights, undecayed ones (biases, norms), pruning scores at their own rate."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(model))
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            scores = [p for name, p in trained if name.endswith(".scores")]
+            rest = [(name, p) for name, p in trained if not name.endswith(".scores")]
+            options = self.options
+            groups = [
+                {"params": [p for name, p in rest if name in decayed], "weight_decay": options.weight_decay},
+                {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
+                {"params": scores, "weight_decay": 0.0, "lr": options.score_learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=options.learning_rate, fused=True
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """One batch, doubled when the objective compares two passes."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        teacher = inputs.pop("teacher_logits", None)
+        if self.objective.passes == 2:
+            inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
+        outputs = model(**inputs)
+        loss, parts = self.objective(outputs.logits, labels, teacher)
+        for name, part in parts.items():
+            self._parts.setdefault(name, []).append(part)
+        return (loss, outputs) if return_outputs else loss
+
+    # divergence ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        bad = ~torch.isfinite(loss)
+        self._diverged = bad if self._diverged is None else self._diverged | bad
+        if loss.device.type == "cpu":
+            self.check_diverged()
+        return loss
+
+    def check_diverged(self) -> None:
+        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite (synchronises the device)."""
+        if self._diverged is None or not bool(self._diverged):
+            return
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        raise TrainingDivergedError(
+            f"{self.stage}: the loss became NaN or infinite at update {self.state.global_step + 1} of "
+            f"{self.state.max_steps}; {kept}; pass a smaller learning rate, or check the data"
+        )
+
+    # logs and checkpoints --------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_diverged()
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            for callback in self.callback_handler.callbacks:
+                logs |= getattr(callback, "progress", {})
+        self._parts.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        """Save, mark the checkpoint as complete, and only then drop the older ones."""
+        self.check_diverged()
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        directory = Path(self.args.output_dir)
+        newest = directory / f"checkpoint-{self.state.global_step}"
+        (newest / COMPLETE).touch()
+        for other in directory.glob("checkpoint-*"):
+            if other != newest:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar per stage with the current loss and schedule values."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", delay=2)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs and "loss" in logs:
+            shown = {"loss": "{:.3f}", "keep": "{:.0%}", "mixed_rank_p": "{:.2f}"}
+            self.bar.set_postfix({k: form.format(logs[k]) for k, form in shown.items() if k in logs}, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint of ``directory`` that was written whole."""
+    done = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train_stage(
+    stage: str,
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Dataset,
+    objective: Objective,
+    options: TrainOptions,
+    directory: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    resume: bool = False,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place and return the logged history.
+
+    Args:
+        stage: name for progress and messages.
+        dataset: tokenised examples with ``length``, ``labels`` and, for distillation, ``teacher_logits``.
+        directory: where checkpoints go.
+        callbacks: schedules of the pruner or of mixed-rank training; what they set as ``progress`` is logged.
+        resume: continue from the newest whole checkpoint of ``directory`` if there is one.
+
+    Raises:
+        TrainingDivergedError: the loss became NaN or infinite.
+    """
+    updates = options.updates(len(dataset))
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=updates,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(options.warmup * updates),
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=options.device == "cpu",
+        save_strategy="steps" if options.checkpoint_steps else "no",
+        save_steps=options.checkpoint_steps or 500,
+        logging_steps=max(1, min(20, updates // 20)),
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=options.device != "cpu",
+    )
+    trainer = StageTrainer(
+        model,
+        arguments,
+        stage=stage,
+        objective=objective,
+        options=options,
+        train_dataset=dataset,
+        data_collator=Collator(tokenizer, objective.problem),
+        callbacks=[*(callbacks or []), ProgressBar(stage)],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    checkpoint = last_checkpoint(directory) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

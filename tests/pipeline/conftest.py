@@ -1,0 +1,52 @@
+"""A tiny model and a tiny task that every pipeline test can afford."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import sentences, write_model, write_rows
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "mood"
+    write_rows(directory / "train.jsonl", sentences(96, seed=1))
+    write_rows(directory / "validation.jsonl", sentences(40, seed=2))
+    return directory
+
+
+@pytest.fixture
+def tiny_options(tiny_model, tiny_data, tmp_path) -> dict:
+    """Keyword arguments of a CompressOptions that runs in seconds."""
+    return {
+        "model": str(tiny_model),
+        "task": "text-classification",
+        "data_dir": str(tiny_data),
+        "output": str(tmp_path / "out"),
+        "rank": 4,
+        "finetune_epochs": 1,
+        "prune_epochs": 1,
+        "retrain_epochs": 1,
+        "batch_size": 16,
+        "checkpoint_steps": 2,
+        "bench_batch": 2,
+        "bench_length": 16,
+        "max_length": 16,
+    }
+
+
+@pytest.fixture(scope="session")
+def glue_data() -> Path:
+    """Folder with GLUE tasks as jsonl, for tests on real text; skips where there is none."""
+    root = Path(os.environ.get("LPAF_TEST_DATA", Path(__file__).parents[3] / "shared"))
+    path = root / "data" / "glue"
+    if not path.is_dir():
+        pytest.skip("no GLUE files; point LPAF_TEST_DATA at a folder with data/glue/TASK/{train,validation}.jsonl")
+    return path

@@ -1,0 +1,290 @@
+"""``lpaf compress`` end to end on a tiny model: what it writes, what each switch does, regression, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import sentences, write_model, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import lpaf
+from lpaf.cli import main
+from lpaf.errors import InputError
+from lpaf.evaluate.evaluate import evaluate_directory
+from lpaf.recipes.compress import Compression, compress, prepare
+from lpaf.recipes.options import CompressOptions
+
+LEARN = {"finetune_lr": 5e-3, "prune_lr": 2e-3, "retrain_lr": 5e-3, "finetune_epochs": 12, "retrain_epochs": 4}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tiny_data, tmp_path_factory):
+    """A finished lpaf run that has learnt its task: (in-memory model, report, directory)."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    options = CompressOptions(
+        model=str(tiny_model), task="text-classification", data_dir=str(tiny_data), output=str(output), rank=4,
+        batch_size=16, prune_epochs=4, checkpoint_steps=20, bench_batch=2, bench_length=16, max_length=16,
+        save_dense=str(output.parent / "dense"), **LEARN,
+    )  # fmt: skip
+    model, report = compress(options, command="lpaf compress ...")
+    return model, report, output
+
+
+def test_directory_holds_what_is_promised(finished):
+    _, _, output = finished
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "model.safetensors", "report.json", "report.html", "README.md", "tokenizer.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    assert {path.name for path in output.parent.iterdir()} == {"out", "dense"}, "no work directory is left behind"
+
+
+def test_report_has_every_field(finished):
+    _, report, output = finished
+    saved = json.loads((output / "report.json").read_text())
+    assert saved["method"] == "lpaf"
+    assert saved["task"] == "text-classification"
+    assert saved["seed"] == 0
+    assert set(saved["metric"]) >= {"name", "dense", "pruned", "factorized", "compressed"}
+    assert set(saved["encoder_params"]) == {"dense", "compressed", "ratio"}
+    assert set(saved["flops"]) >= {"dense", "compressed", "sequence_length"}
+    assert set(saved["latency_ms"]) >= {"dense", "compressed", "batch", "length", "device", "dtype"}
+    assert set(saved["rank"]) >= {"mean_before", "mean_after", "per_matrix"}
+    assert set(saved["seconds"]) >= {"finetune", "prune", "factorize", "retrain"}
+    assert {"torch", "transformers", "lpaf-kernels", "python"} <= set(saved["versions"])
+    assert saved["file_bytes"]["compressed"] == (output / "model.safetensors").stat().st_size
+    assert saved["metric"]["compressed"] == report["metric"]["compressed"]
+
+
+def test_counts_of_the_report_are_those_of_the_file(finished):
+    _, report, output = finished
+    tensors = load_file(output / "model.safetensors")
+    factors = sum(t.numel() for name, t in tensors.items() if name.endswith((".down", ".up")) and "encoder" in name)
+    assert report["encoder_params"]["compressed"] == factors
+    assert report["total_params"]["compressed"] == sum(
+        t.numel() for name, t in tensors.items() if not name.endswith(".kept")
+    )
+
+
+def test_the_tiny_task_is_learnt(finished):
+    metric = finished[1]["metric"]
+    assert metric["dense"] > 0.9
+    assert metric["compressed"] > 0.8
+
+
+def test_pruning_leaves_the_share_asked_for(finished):
+    for entry in finished[1]["rank"]["per_matrix"].values():
+        rows, columns = entry["shape"]
+        assert entry["kept_share"] * rows * columns == pytest.approx(finished[1]["config"]["keep"] * rows * columns, abs=1)
+
+
+def test_history_follows_the_schedules(finished):
+    training = finished[1]["training"]
+    keeps = [entry["keep"] for entry in training["prune"]]
+    assert keeps == sorted(keeps, reverse=True)
+    assert keeps[-1] == finished[1]["config"]["keep"]
+    p = [entry["mixed_rank_p"] for entry in training["retrain"]]
+    assert p[0] > 0
+    assert p[-1] == 0
+    assert all("consistency" in entry and "distillation" in entry for entry in training["retrain"])
+
+
+@torch.no_grad()
+def test_reloaded_model_gives_the_same_logits(finished):
+    model, _, output = finished
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    inputs = tokenizer(["the film is good", "a dull story"], return_tensors="pt", padding=True)
+    again = AutoModelForSequenceClassification.from_pretrained(output)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert again.config.id2label == model.config.id2label
+
+
+def test_evaluate_repeats_the_reports_metric(finished, tiny_data, tmp_path):
+    _, report, output = finished
+    lines = tmp_path / "predictions.jsonl"
+    result = evaluate_directory(
+        str(output), "text-classification", data_dir=str(tiny_data), max_length=16, predictions=str(lines)
+    )
+    assert result["metrics"] == report["metric"]["details"]["compressed"]
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    right = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+    assert right == result["metrics"]["validation"]["accuracy"]
+
+
+def test_saved_dense_model_scores_as_reported(finished, tiny_data):
+    _, report, output = finished
+    result = evaluate_directory(str(output.parent / "dense"), "text-classification", data_dir=str(tiny_data), max_length=16)
+    assert result["metrics"] == report["metric"]["details"]["dense"]
+
+
+def test_fine_tuned_model_needs_no_fine_tuning(finished, tiny_options):
+    options = CompressOptions(**tiny_options | {"model": str(finished[2].parent / "dense"), "finetune_epochs": None})
+    prepared = prepare(options)
+    assert prepared.finetune_epochs == 0
+
+
+def test_svd_trains_as_many_updates_as_lpaf(tiny_options):
+    steps = {}
+    for method in ("lpaf", "svd"):
+        options = CompressOptions(**tiny_options | {"method": method, "output": tiny_options["output"] + method})
+        _, report = compress(options, command="")
+        steps[method] = sum(report["training"][s][-1]["step"] for s in ("prune", "retrain") if s in report["training"])
+        if method == "svd":
+            assert report["metric"]["pruned"] is None
+            assert "prune" not in report["training"]
+    assert steps["svd"] == steps["lpaf"]
+
+
+@pytest.mark.parametrize(
+    ("switches", "check"),
+    [
+        ({"prune": False}, lambda r: r["metric"]["pruned"] is None and r["config"]["weighting"] == "none"),
+        ({"weighting": "mask"}, lambda r: r["config"]["weighting"] == "mask"),
+        ({"weighting": "none"}, lambda r: r["config"]["weighting"] == "none"),
+        ({"mixed_rank": False}, lambda r: all("mixed_rank_p" not in entry for entry in r["training"]["retrain"])),
+        ({"consistency": False}, lambda r: all("consistency" not in entry for entry in r["training"]["retrain"])),
+        ({"scope": "global", "distill": 0.0}, lambda r: all("distillation" not in e for e in r["training"]["retrain"])),
+        ({"ratio": 0.3, "rank": None}, lambda r: 0.2 < r["encoder_params"]["ratio"] <= 0.3),
+    ],
+)
+def test_each_step_can_be_switched_off(tiny_options, switches, check):
+    _, report = compress(CompressOptions(**tiny_options | {"checkpoint_steps": 0} | switches), command="")
+    assert check(report)
+
+
+def test_regression_end_to_end(tiny_model, tiny_options, tmp_path):
+    data = tmp_path / "stars"
+    for name, seed, count in (("train", 1, 64), ("validation", 2, 32)):
+        rows = [{"text": row["sentence"], "label": 1.5 + 2.0 * row["label"]} for row in sentences(count, seed)]
+        write_rows(data / f"{name}.jsonl", rows)
+    options = tiny_options | {"task": "text-regression", "data_dir": str(data)}
+    model, report = compress(CompressOptions(**options), command="")
+    assert model.config.num_labels == 1
+    assert report["metric"]["name"] in ("pearson", "spearmanr")
+    result = evaluate_directory(options["output"], "text-regression", data_dir=str(data), max_length=16)
+    assert result["metrics"] == report["metric"]["details"]["compressed"]
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "deberta-v2"])
+def test_other_architectures_round_trip(tiny_options, tmp_path, architecture):
+    source = write_model(tmp_path / architecture, architecture)
+    model, _ = compress(CompressOptions(**tiny_options | {"model": str(source)}), command="")
+    again = AutoModelForSequenceClassification.from_pretrained(tiny_options["output"])
+    ids = torch.randint(5, 20, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_controls_are_measured_and_not_saved(tiny_options):
+    _, report = Compression(prepare(CompressOptions(**tiny_options)), "").run(controls={"rank 1": 1})
+    control = report["controls"]["rank 1"]
+    assert control["encoder_ratio"] < report["encoder_params"]["ratio"]
+    assert 0 <= control["metric"] <= 1
+    saved = json.loads((Path(tiny_options["output"]) / "config.json").read_text())
+    assert {entry["rank"] for entry in saved["quantization_config"]["modules"].values()} == {4}
+
+
+# resuming ---------------------------------------------------------------------------------------------------------------
+
+
+def command_line(options: dict) -> list[str]:
+    words = [sys.executable, "-m", "lpaf", "compress"]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def kill_in(stage: str, words: list[str], work: Path, cwd: Path) -> None:
+    """Start a run and kill -9 it once ``stage`` has written a whole checkpoint."""
+    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((work / stage).glob("checkpoint-*/complete")):
+        assert process.poll() is None, f"the run ended before {stage} wrote a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tiny_data, tmp_path_factory):
+    """(options, weights) of a run long enough to be killed in two stages."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    options = {
+        "model": tiny_model, "task": "text-classification", "data_dir": tiny_data, "rank": 4, "finetune_epochs": 1,
+        "prune_epochs": 4, "retrain_epochs": 4, "batch_size": 8, "checkpoint_steps": 7, "bench_batch": 2,
+        "bench_length": 16, "max_length": 16, "prune_lr": 1e-3, "retrain_lr": 1e-3,
+    }  # fmt: skip
+    words = command_line(options | {"output": directory / "out"})
+    subprocess.run(words, check=True, cwd=directory, capture_output=True)
+    return options, load_file(directory / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", ["prune", "retrain"])
+def test_killed_run_resumes_to_the_same_weights(undisturbed, tmp_path, stage):
+    options, expected = undisturbed
+    words = command_line(options | {"output": tmp_path / "out"})
+    work = tmp_path / ".out.lpaf-work"
+    kill_in(stage, words, work, tmp_path)
+    assert not (tmp_path / "out").exists(), "a run that dies leaves no output directory"
+    refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    resumed = subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert not work.exists()
+
+
+def test_resume_with_other_options_is_refused(tiny_options, tmp_path, capsys):
+    options = CompressOptions(**tiny_options)
+    Compression(prepare(options), "").finetune()
+    with pytest.raises(InputError, match="the interrupted run had retrain_lr"):
+        Compression(prepare(CompressOptions(**tiny_options | {"resume": True, "retrain_lr": 9e-5})), "")
+
+
+def test_resume_with_nothing_to_resume_starts(tiny_options):
+    compress(CompressOptions(**tiny_options | {"resume": True}), command="")
+    assert (Path(tiny_options["output"]) / "config.json").is_file()
+
+
+def test_half_written_checkpoints_are_ignored(tmp_path):
+    from lpaf.retrain.trainer import last_checkpoint
+
+    for step, complete in ((4, True), (8, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-8"
+
+
+def test_overwrite_replaces_only_a_finished_run(tiny_options):
+    output = Path(tiny_options["output"])
+    output.mkdir()
+    (output / "old.txt").write_text("old")
+    with pytest.raises(InputError, match="--overwrite"):
+        compress(CompressOptions(**tiny_options), command="")
+    assert (output / "old.txt").read_text() == "old"
+    compress(CompressOptions(**tiny_options | {"overwrite": True}), command="")
+    assert not (output / "old.txt").exists()
+    assert (output / "model.safetensors").is_file()
+
+
+def test_python_entry_points_are_public():
+    assert lpaf.compress is compress
+    assert lpaf.CompressOptions is CompressOptions
+
+
+def test_command_line_prints_the_table(finished, capsys):
+    assert main(["inspect", "--model", str(finished[2])]) == 0
+    assert "rank" in capsys.readouterr().out.lower()
