@@ -68,8 +68,8 @@ std::tuple<float, std::int64_t> keep_threshold(const py::buffer& scores, double 
     const lpaf::cpu::ScoreSpan<float> span{static_cast<const float*>(info.ptr), nullptr, info.size};
     const py::gil_scoped_release unlocked;
     try {
-        const auto threshold = lpaf::cpu::keep_threshold(std::span<const lpaf::cpu::ScoreSpan<float>>(&span, 1),
-                                                         false, keep, threads, parallel_for);
+        const auto threshold = lpaf::cpu::keep_threshold(
+            std::span<const lpaf::cpu::ScoreSpan<float>>(&span, 1), false, keep, threads, parallel_for);
         return {threshold.value, threshold.tie_index};
     } catch (const lpaf::cpu::InvalidEntryError&) {
         throw std::invalid_argument("scores holds NaN, expected numbers");
@@ -80,13 +80,15 @@ std::tuple<float, std::int64_t> keep_threshold(const py::buffer& scores, double 
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "How lpaf_kernels was built, and host helpers that need no torch.";
-    m.def("build_info", &build_info,
-          "Return a dict of version, compiler, cpp_standard, torch_version, torch_stable_abi_floor, isa_levels,\n"
-          "cuda_version and cuda_archs (both None without CUDA).");
-    m.def("keep_threshold", &keep_threshold, py::arg("scores"), py::arg("keep"), py::kw_only(),
-          py::arg("threads") = 1,
-          "Return (value, tie_index) that keep floor(keep * n + 0.5) of the n scores, exactly.\n\n"
-          "scores is a C-contiguous buffer of float32; an entry is kept if score > value, or score == value and\n"
-          "its flat index < tie_index. Raises ValueError for NaN, a share outside [0, 1] or threads < 1, and\n"
-          "TypeError for other buffer types.");
+    m.def(
+        "build_info", &build_info,
+        "Return a dict: version, compiler, cpp_standard, torch_version, torch_stable_abi_floor, isa_levels,\n"
+        "cuda_version and cuda_archs (both None without CUDA).");
+    m.def(
+        "keep_threshold", &keep_threshold, py::arg("scores"), py::arg("keep"), py::kw_only(),
+        py::arg("threads") = 1,
+        "Return (value, tie_index) that keep floor(keep * n + 0.5) of the n scores, exactly.\n\n"
+        "scores is a C-contiguous buffer of float32. An entry is kept if score > value, or score == value\n"
+        "and its flat index < tie_index. Raises ValueError for NaN, a share outside [0, 1] or threads < 1,\n"
+        "and TypeError for other buffer types.");
 }

@@ -1,4 +1,4 @@
-"""Kernels and layers for compressed transformers: low-rank and masked linears, exact selection, weighted SVD."""
+"""Kernels and layers for compressed transformers: low-rank and masked linears, selection, weighted SVD."""
 
 from __future__ import annotations
 

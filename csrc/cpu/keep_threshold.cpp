@@ -37,7 +37,8 @@ void check_arguments(const std::vector<Tensor>& scores, double keep,
             weight.numel() != scores[i].numel()) {
             invalid(kOp, ": weights[", i, "] has shape ", shape_of(weight), " and dtype ",
                     torch::headeronly::toString(weight.scalar_type()),
-                    ", expected one int64 count on the CPU per entry of scores[", i, "], ", shape_of(scores[i]));
+                    ", expected one int64 count on the CPU per entry of scores[", i, "], ",
+                    shape_of(scores[i]));
         }
     }
 }

@@ -33,7 +33,7 @@ struct ScoreSpan {
     std::int64_t size;
 };
 
-// An entry at index i of the concatenated spans is kept if score > value, or score == value and i < tie_index.
+// Entry i of the concatenated spans is kept if score > value, or score == value and i < tie_index.
 template <class Value>
 struct KeepThreshold {
     Value value;
@@ -96,8 +96,8 @@ struct ScoreKey {
     static bool is_nan(Score score) { return (bits(score) & ~kSign) > infinity_bits(); }
 };
 
-// out[i] = the `bits` bits of the key of scores[i] above its `low` lowest ones, or `other` where the bits above
-// those are not `prefix`. Returns whether all of out is equal.
+// out[i] = the `bits` bits of the key of scores[i] above its `low` lowest ones, or `other` where the bits
+// above those are not `prefix`. Returns whether all of out is equal.
 template <class Score>
 LPAF_MULTIVERSION bool extract_digits(const Score* __restrict scores, std::size_t size, int low, int bits,
                                       typename ScoreKey<Score>::Key prefix, std::uint32_t other,
@@ -107,7 +107,8 @@ LPAF_MULTIVERSION bool extract_digits(const Score* __restrict scores, std::size_
     std::uint32_t all = ~0u, any = 0;
     for (std::size_t i = 0; i < size; ++i) {
         const Key leading = ScoreKey<Score>::key(scores[i]) >> low;
-        const std::uint32_t digit = (leading >> bits) == prefix ? static_cast<std::uint32_t>(leading & mask) : other;
+        const std::uint32_t digit =
+            (leading >> bits) == prefix ? static_cast<std::uint32_t>(leading & mask) : other;
         out[i] = digit;
         all &= digit;
         any |= digit;
@@ -196,8 +197,8 @@ class RadixSelect {
     void add_pieces(std::size_t position, int threads) {
         const ScoreSpan<Score>& span = spans_[position];
         const auto divide_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-        std::int64_t count = std::max<std::int64_t>(
-            divide_up(span.size, kMaxPiece), std::min<std::int64_t>(threads, span.size / kMinPiece));
+        std::int64_t count = std::max<std::int64_t>(divide_up(span.size, kMaxPiece),
+                                                    std::min<std::int64_t>(threads, span.size / kMinPiece));
         if (count > threads) count = divide_up(count, threads) * threads;
         const std::int64_t step = count == 0 ? 0 : divide_up(span.size, count);
         for (std::int64_t begin = 0; begin < span.size; begin += step) {
@@ -266,8 +267,8 @@ class RadixSelect {
         }
     }
 
-    // Count digit `level` of the entries whose leading digits are `prefix`. If `gather_digit` is given (the last
-    // digit of `prefix`), list those entries on the way, so that later rounds touch only them.
+    // Count digit `level` of the entries whose leading digits are `prefix`. If `gather_digit` is given (the
+    // last digit of `prefix`), list those entries on the way, so that later rounds touch only them.
     void count_digits(int level, Key prefix, const std::size_t* gather_digit) {
         const auto count = [&](std::int64_t i) {
             Piece& piece = pieces_[static_cast<std::size_t>(i)];
@@ -421,7 +422,7 @@ class RadixSelect {
     std::int64_t size_ = 0;
     bool gathered_ = false;
     std::int64_t candidates_ = 0;  // how many entries were gathered
-    std::vector<Counter> bins_;  // [pieces, kBins]
+    std::vector<Counter> bins_;    // [pieces, kBins]
     std::array<std::int64_t, kBins> merged_{};
 };
 

@@ -55,9 +55,9 @@ void masked_weight(const Weight* __restrict weight, const Score* __restrict scor
 
 // d_weight = kept ? grad : 0 and, straight through the mask, d_scores = weight * grad
 template <class Grad, class Weight, class Score>
-void masked_grads(const Grad* __restrict grad, const Weight* __restrict weight, const Score* __restrict scores,
-                  Wide<Score> value, std::int64_t tie_index, std::int64_t size, Weight* __restrict d_weight,
-                  Score* __restrict d_scores) {
+void masked_grads(const Grad* __restrict grad, const Weight* __restrict weight,
+                  const Score* __restrict scores, Wide<Score> value, std::int64_t tie_index,
+                  std::int64_t size, Weight* __restrict d_weight, Score* __restrict d_scores) {
     split_at_tie(size, value, tie_index, [=](std::int64_t begin, std::int64_t end, auto is_kept) {
         for (std::int64_t i = begin; i < end; ++i) {
             const Wide<Grad> slope = widen(grad[i]);

@@ -32,7 +32,8 @@ inline float to_float(Half value) {
     // A subnormal half is fraction * 2^-24: let the float unit normalise it.
     const float lowest_normal = std::bit_cast<float>(113u << 23);
     const float subnormal = std::bit_cast<float>(magnitude + (113u << 23)) - lowest_normal;
-    const std::uint32_t below_special = magnitude < (1u << 23) ? std::bit_cast<std::uint32_t>(subnormal) : normal;
+    const std::uint32_t below_special =
+        magnitude < (1u << 23) ? std::bit_cast<std::uint32_t>(subnormal) : normal;
     return std::bit_cast<float>(sign | (magnitude >= (31u << 23) ? special : below_special));
 }
 
@@ -62,7 +63,8 @@ inline Half from_float<Half>(float value) {
     const std::uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23)) >> 13;
     // 0.5f has the spacing of half's subnormals, so adding it rounds to them.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(0.5f);
+    const std::uint32_t subnormal =
+        std::bit_cast<std::uint32_t>(shifted) - std::bit_cast<std::uint32_t>(0.5f);
     const std::uint32_t overflow = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
     const std::uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
     return {static_cast<std::uint16_t>(sign | (magnitude >= (143u << 23) ? overflow : finite))};

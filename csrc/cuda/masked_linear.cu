@@ -11,7 +11,7 @@
 
 // Weak: a torch built without CUDA does not have it, and this library may be built against such a torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace lpaf::cuda {
 namespace {
@@ -32,7 +32,8 @@ auto dispatch(const char* name, ScalarType dtype, const Function& function) {
     return dispatch_dtype<float, __half, __nv_bfloat16>(kOp, name, dtype, function);
 }
 
-void check_arguments(const Tensor& weight, const Tensor& scores, const Tensor& value, const Tensor& tie_index) {
+void check_arguments(const Tensor& weight, const Tensor& scores, const Tensor& value,
+                     const Tensor& tie_index) {
     check_same_shape(kOp, "scores", scores, "weight", weight);
     const bool is_double = scores.scalar_type() == ScalarType::Double;
     check_one_element(kOp, "value", value, is_double ? ScalarType::Double : ScalarType::Float);
@@ -50,8 +51,8 @@ void run(const Tensor& weight, const Tensor& scores, const Tensor& value, const 
          const Tensor& out) {
     using Value = typename ThresholdOf<Score>::type;
     const cudaError_t error = masked_weight(
-        static_cast<const Weight*>(weight.const_data_ptr()), static_cast<const Score*>(scores.const_data_ptr()),
-        static_cast<const Value*>(value.const_data_ptr()),
+        static_cast<const Weight*>(weight.const_data_ptr()),
+        static_cast<const Score*>(scores.const_data_ptr()), static_cast<const Value*>(value.const_data_ptr()),
         static_cast<const int64_t*>(tie_index.const_data_ptr()), weight.numel(),
         static_cast<Out*>(out.mutable_data_ptr()), current_stream(weight.get_device_index()));
     if (error != cudaSuccess) {

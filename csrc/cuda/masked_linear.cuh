@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(256)
 // arrays are aligned for that. `value` and `tie_index` are device pointers, so nothing waits for the GPU.
 template <class Weight, class Score, class Out>
 cudaError_t masked_weight(const Weight* weight, const Score* scores,
-                          const typename ThresholdOf<Score>::type* value, const int64_t* tie_index, int64_t size,
-                          Out* out, cudaStream_t stream) {
+                          const typename ThresholdOf<Score>::type* value, const int64_t* tie_index,
+                          int64_t size, Out* out, cudaStream_t stream) {
     constexpr int kThreads = 256;
     constexpr int kBlocksPerProcessor = 8;
     constexpr int kWidth = static_cast<int>(16 / std::max({sizeof(Weight), sizeof(Score), sizeof(Out)}));
@@ -114,7 +114,8 @@ cudaError_t masked_weight(const Weight* weight, const Score* scores,
                                              static_cast<int64_t>(processors) * kBlocksPerProcessor);
     const auto kernel = packed ? &masked_weight_kernel<Weight, Score, Out, kWidth>
                                : &masked_weight_kernel<Weight, Score, Out, 1>;
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(weight, scores, value, tie_index, size, out);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(weight, scores, value, tie_index, size,
+                                                                   out);
     return cudaGetLastError();
 }
 

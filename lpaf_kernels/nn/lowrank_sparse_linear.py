@@ -160,7 +160,7 @@ class LowRankSparseLinear(nn.Module):
         return dense.index_add(0, self.kept, self.down[self.rank :].to(wide)).to(self.down.dtype)
 
     def reset_parameters(self) -> None:
-        """Draw u and v so that u v has the variance of nn.Linear's first weight; S is zero, the bias as there."""
+        """Draw u and v so that u v has the variance of nn.Linear's first weight; S is zero, bias as there."""
         if self.down.is_meta:
             return
         bound = 1.0 / math.sqrt(self.in_features)

@@ -17,6 +17,7 @@ class MaskedLinear(nn.Linear):
 
     Parameters: those of nn.Linear and scores [out, in] (zeros at the start, straight-through gradients).
     Buffers: threshold_value, threshold_tie_index (0-d); everything is kept until :meth:`set_threshold`.
+    Casting the module to a lower precision rounds scores and threshold: select again afterwards.
     """
 
     threshold_value: Tensor

@@ -25,8 +25,9 @@ class MixedRankLinear(nn.Module):
         train_sparse: whether the sparse weight is a parameter instead of a buffer. Default: False.
 
     Attributes:
-        paths: None or all False: low rank only. A tuple of n: dim 0 of the input is n equal passes, and pass
-            i uses the sparse weight iff paths[i]. Equal neighbours are served by one call.
+        paths: None or all False: low rank only. A tuple of n: dim 0 of the input is n equal passes, and
+            pass i uses the sparse weight iff paths[i]. Equal neighbours are served by one call. An input of
+            size 1 in dim 0 is shared by all passes (DeBERTa's relative positions) and takes the first path.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class MixedRankLinear(nn.Module):
         paths = self.paths
         if paths is None or not any(paths):
             return self.lowrank(x)
-        if all(paths):
+        if all(paths) or (x.shape[0] == 1 and paths[0]):
             return self._sparse(x)
+        if x.shape[0] == 1:
+            return self.lowrank(x)
         if x.shape[0] % len(paths):
             raise ValueError(
                 f"x: expected dimension 0 to be {len(paths)} equal passes (the length of paths), got shape"

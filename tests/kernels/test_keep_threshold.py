@@ -88,8 +88,10 @@ def test_matches_the_sort_on_anything(rows, keep, scope, weighted):
         assert torch.equal(threshold.mask(tensor), mask)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_large_tensors_match_a_stable_sort(weighted):
+def test_large_tensors_match_a_stable_sort(weighted, threads):
+    torch.set_num_threads(threads)
     scores = [torch.randn(700, 600).round(decimals=2), torch.zeros(300, 500), torch.randn(5)]
     weights = [torch.randint(1, 800, tensor.shape) for tensor in scores] if weighted else None
     for across in (False, True):
@@ -146,10 +148,18 @@ def test_compiles_whole():
     [
         (("x", 0.5), TypeError, "scores: expected a tensor or a list of tensors, got str"),
         (([], 0.5), ValueError, "scores: expected at least one tensor"),
-        ((torch.ones(3, dtype=torch.int64), 0.5), TypeError, r"scores\[0\]: expected float32.*got torch.int64"),
+        (
+            (torch.ones(3, dtype=torch.int64), 0.5),
+            TypeError,
+            r"scores\[0\]: expected float32.*got torch.int64",
+        ),
         (([torch.ones(3), torch.ones(3).half()], 0.5), TypeError, r"scores\[1\]: expected torch.float32"),
         (([torch.ones(3), 1.0], 0.5), TypeError, r"scores\[1\]: expected a torch.Tensor, got float"),
-        (([torch.ones(3), torch.ones(3, device="meta")], 0.5), ValueError, r"scores\[1\]: expected device cpu"),
+        (
+            ([torch.ones(3), torch.ones(3, device="meta")], 0.5),
+            ValueError,
+            r"scores\[1\]: expected device cpu",
+        ),
         ((torch.ones(3), 1.5), ValueError, r"keep: expected a number in \[0, 1\], got 1.5"),
         ((torch.ones(3), -0.1), ValueError, "keep: .*got -0.1"),
         ((torch.ones(3), math.nan), ValueError, "keep: .*got nan"),
@@ -163,7 +173,11 @@ def test_compiles_whole():
             r"weights: expected 1 tensors \(one per tensor of scores\), got 2",
         ),
         ((torch.ones(3), 0.5, "matrix", torch.ones(3)), TypeError, r"weights\[0\]: expected int64"),
-        ((torch.ones(3), 0.5, "matrix", torch.ones(2).long()), ValueError, r"weights\[0\]: expected shape \[3\]"),
+        (
+            (torch.ones(3), 0.5, "matrix", torch.ones(2).long()),
+            ValueError,
+            r"weights\[0\]: expected shape \[3\]",
+        ),
         ((torch.ones(3), 0.5, "matrix", torch.tensor([1, 0, 1])), ValueError, r"weights\[0\] .*not positive"),
         (
             ([torch.ones(3), torch.tensor([1.0, math.nan])], 0.5),

@@ -1,4 +1,4 @@
-"""The native build: what it reports, how setup.py finds torch, how it fails, and what the libraries depend on."""
+"""The native build: what it reports, how setup.py finds torch, how it fails, what the libraries depend on."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_pure_python_build_has_one_warning(source_tree, environment, reason):
     (warning,) = warnings_of(done)
     assert "pure Python" in warning
     assert reason in warning
-    assert (source_tree / "build" / "lib").exists() or any((source_tree / "build").glob("lib*"))
+    assert any((source_tree / "build").glob("lib*/lpaf_kernels/__init__.py"))
     assert not libraries_in(source_tree)
 
     done = run_setup(source_tree, "build", LPAF_CUDA="off", LPAF_NATIVE="required", **environment)
@@ -281,8 +281,7 @@ def test_native_build_from_a_copy(source_tree):
     program("c++", "g++", "clang++")
     done = run_setup(source_tree, "build", LPAF_CUDA="off", LPAF_NATIVE="required")
     assert done.returncode == 0, done.stderr
-    built = {path.name.partition(".")[0] for path in libraries_in(source_tree / "build" / "lib") or []}
-    built |= {path.name.partition(".")[0] for path in (source_tree / "build").glob("lib*/lpaf_kernels/*.so")}
+    built = {path.name.partition(".")[0] for path in (source_tree / "build").glob("lib*/lpaf_kernels/*.so")}
     assert built == {"_native", "_ops_cpu"}
     assert warnings_of(done) == []
 
@@ -319,10 +318,11 @@ def test_cuda_library_loads_without_a_gpu():
     code = (
         "import sys, torch\n"
         "library = torch.library.Library('lpaf_kernels', 'DEF')\n"
-        "library.define('masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index,'\n"
-        "               ' ScalarType dtype) -> Tensor')\n"
+        "name = 'lpaf_kernels::masked_linear_weight'\n"
+        "library.define('masked_linear_weight(Tensor weight, Tensor scores, Tensor value,'\n"
+        "               ' Tensor tie_index, ScalarType dtype) -> Tensor')\n"
         "torch.ops.load_library(sys.argv[1])\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key('lpaf_kernels::masked_linear_weight', 'CUDA'))\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key(name, 'CUDA'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr

@@ -66,7 +66,25 @@ def broken(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film one two three four five six seven eight".split()
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "good",
+        "bad",
+        "film",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+    ]
     path.write_text("\n".join(words), encoding="utf-8")
     return BertTokenizerFast(vocab=str(path), vocab_file=str(path), model_max_length=64)
 
@@ -75,11 +93,11 @@ def config(*names):
     return SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names)))
 
 
-# the registry -------------------------------------------------------------------------------------------------------
+# --- the registry
 
 
 def test_registry_covers_glue_and_own_data():
-    glue = "cola sst2 mrpc qqp stsb mnli qnli rte wnli".split()
+    glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
     assert list(TASKS) == [*glue, "text-classification", "text-regression", "docstrings"]
     assert all(TASKS[name].hub == ("nyu-mll/glue", name) for name in glue)
     assert TASKS["mnli"].validation_splits == ("validation_matched", "validation_mismatched")
@@ -89,7 +107,9 @@ def test_registry_covers_glue_and_own_data():
 
 
 def test_unknown_task_lists_the_known():
-    with pytest.raises(InputError, match=r"--task sst3: no such task; choose one of cola, sst2, .*docstrings"):
+    with pytest.raises(
+        InputError, match=r"--task sst3: no such task; choose one of cola, sst2, .*docstrings"
+    ):
         get_task("sst3")
 
 
@@ -115,13 +135,15 @@ def test_specification_is_validated(change, message):
         TaskSpec(**{**fields, **change})
 
 
-# files --------------------------------------------------------------------------------------------------------------
+# --- files
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
 def test_every_kind_of_file_gives_the_same_data(tmp_path, suffix):
     # Texts that a type-guessing reader would turn into null, a number or a date.
-    rows = [{"text": text, "label": label} for text, label in [("NA", "b"), ("007", "a"), ("2020-01-01, ok", "b")]]
+    rows = [
+        {"text": text, "label": label} for text, label in [("NA", "b"), ("007", "a"), ("2020-01-01, ok", "b")]
+    ]
     train = write(tmp_path / f"x{suffix}", rows)
     data = load_task("text-classification", train_file=train, validation_file=train)
     assert data.labels == ("a", "b")
@@ -227,7 +249,7 @@ def test_max_train_samples_is_a_seeded_choice(folder):
         folder("text-classification", rows, max_train_samples=1)
 
 
-# bad files ----------------------------------------------------------------------------------------------------------
+# --- bad files
 
 
 @pytest.mark.parametrize(
@@ -242,7 +264,11 @@ def test_max_train_samples_is_a_seeded_choice(folder):
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "line 2: column 'text' is a int"),
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "a", "label": null}\n', "line 2: label missing"),
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "a", "label": NaN}\n', "line 2: label missing"),
-        ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "a", "label": 0.5}\n', "line 2: label 0.5 is not a class"),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": 0}\n{"text": "a", "label": 0.5}\n',
+            "line 2: label 0.5 is not a class",
+        ),
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "a", "label": [1]}\n', "line 2: label is a list"),
         ("x.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": 0}\n', "only the class '0'"),
         ("x.jsonl", '{"body": "a", "label": 0}\n', "no column 'text' (it has body, label)"),
@@ -290,7 +316,9 @@ def test_bad_parquet_row(tmp_path):
 
 
 def test_label_outside_the_classes(folder):
-    with pytest.raises(InputError, match=r"validation.jsonl: line 1: label 'fair' is not one of the classes \(bad, good\)"):
+    with pytest.raises(
+        InputError, match=r"validation.jsonl: line 1: label 'fair' is not one of the classes \(bad, good\)"
+    ):
         folder("text-classification", TRAIN, [{"text": "x", "label": "fair"}])
     with pytest.raises(InputError, match=r"train.jsonl: line 2: label '-1' is not one of the classes"):
         folder("sst2", [{"sentence": "x", "label": label} for label in (0, -1)])
@@ -323,7 +351,7 @@ def test_missing_files_and_contradictions(tmp_path):
         load_task("text-classification", data_dir=tmp_path)
 
 
-# the Hub ------------------------------------------------------------------------------------------------------------
+# --- the Hub
 
 
 def test_no_network_gives_up_at_once(monkeypatch, tmp_path):
@@ -336,6 +364,15 @@ def test_no_network_gives_up_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match=r"--task rte: the Hub cannot be reached .* pass --data-dir"):
         load_task("rte")
+
+
+def test_one_failed_request_means_no_hub(monkeypatch):
+    def unreachable(*_, timeout, **__):
+        assert 0 < timeout <= 10
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    assert not load._hub_answers("nyu-mll/glue")
 
 
 def test_offline_mode_without_a_cached_copy(monkeypatch):
@@ -369,7 +406,7 @@ def test_hub_layout(monkeypatch):
     assert data.train.to_dict() == {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, 0]}
 
 
-# a model's classes --------------------------------------------------------------------------------------------------
+# --- a model's classes
 
 
 def test_evaluation_needs_no_training_file(tmp_path):
@@ -393,7 +430,9 @@ def test_evaluation_needs_no_training_file(tmp_path):
 )
 def test_check_labels_uses_the_models_order(tmp_path, labels, names, indices):
     write(tmp_path / "validation.jsonl", [{"text": "a", "label": label} for label in labels])
-    data = check_labels(load_task("text-classification", data_dir=tmp_path, evaluation_only=True), config(*names))
+    data = check_labels(
+        load_task("text-classification", data_dir=tmp_path, evaluation_only=True), config(*names)
+    )
     assert data.validation["validation"]["label"][:] == indices
     assert data.labels == names
     assert data.train is None
@@ -411,7 +450,12 @@ def test_check_labels_moves_all_splits(folder):
 @pytest.mark.parametrize(
     ("task", "labels", "names", "message"),
     [
-        ("text-classification", ["good", "fair"], ("good", "bad"), r"label 'fair' is not one of .* \(good, bad\)"),
+        (
+            "text-classification",
+            ["good", "fair"],
+            ("good", "bad"),
+            r"label 'fair' is not one of .* \(good, bad\)",
+        ),
         ("text-classification", [0, 1, 2], ("negative", "positive"), "label '2' is not one of"),
         ("text-classification", [0, 1], ("1", "2"), "cannot be told apart"),
         ("text-classification", ["good", "bad"], ("LABEL_0",), "the model predicts a number"),
@@ -424,7 +468,7 @@ def test_labels_outside_the_models_classes(folder, task, labels, names, message)
         check_labels(data, config(*names))
 
 
-# tokens -------------------------------------------------------------------------------------------------------------
+# --- tokens
 
 
 def test_tokenize(folder, tokenizer):

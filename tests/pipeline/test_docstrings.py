@@ -9,9 +9,22 @@ from lpaf.data import docstrings, load_task
 from lpaf.data.docstrings import PACKAGES, build_docstrings, docstrings_of, first_sentences, mask, shingles
 from lpaf.errors import InputError
 
-GIVEAWAYS = (
-    "numpy scipy pandas sklearn scikit torch pytorch matplotlib sympy networkx transformers datasets hugging python"
-).split()
+GIVEAWAYS = [
+    "numpy",
+    "scipy",
+    "pandas",
+    "sklearn",
+    "scikit",
+    "torch",
+    "pytorch",
+    "matplotlib",
+    "sympy",
+    "networkx",
+    "transformers",
+    "datasets",
+    "hugging",
+    "python",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +67,19 @@ def test_nothing_gives_the_package_away(data):
         assert not set(GIVEAWAYS) & set(words(text)), text
         assert "`" not in text
         assert "\n" not in text
-        assert 5 <= len(words(text))
+        assert len(words(text)) >= 5
         assert len(text.split()) <= 40
 
 
-def test_the_run_seed_does_not_move_examples_between_the_splits(data):
-    """Whatever seed a model was trained with, `lpaf evaluate` must score it on examples that it has not seen."""
-    assert load_task("docstrings", seed=5, max_train_samples=100).validation["validation"].to_dict() == (
-        data.validation["validation"].to_dict()
+def test_the_run_seed_does_not_move_examples_between_the_splits(data, monkeypatch):
+    """Whatever seed a model was trained with, `lpaf evaluate` must use examples that it has not seen."""
+    calls = []
+    monkeypatch.setattr(
+        docstrings, "build_docstrings", lambda *given, **named: calls.append((given, named)) or data
     )
+    assert len(load_task("docstrings", seed=5, max_train_samples=100).train) == 100
+    assert load_task("docstrings", evaluation_only=True).train is None
+    assert calls == [((), {}), ((), {})]
 
 
 def test_builds_are_equal_and_seeded():
@@ -71,7 +88,7 @@ def test_builds_are_equal_and_seeded():
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.train.to_dict() == again.train.to_dict()
     assert first.labels == ("networkx", "sklearn", "python")
-    assert Counter(first.train["label"]) == {0: 48, 1: 48, 2: 48}
+    assert Counter([*first.train["label"], *first.validation["validation"]["label"]]) == {0: 60, 1: 60, 2: 60}
 
 
 def test_a_files_examples_stay_on_one_side():
@@ -88,8 +105,8 @@ def test_a_files_examples_stay_on_one_side():
     ("text", "masked"),
     [
         ("Return a NumPy array, see numpy.array.", "Return a _ array, see _."),
-        ("Wraps :class:`~torch.nn.Module` and ``x`` or `y`_.", "Wraps _ and _ or _ ."),
-        ("Like scikit-learn's fit() on a DataFrame.", "Like _ 's _ on a _ ."),
+        ("Wraps :class:`~torch.nn.Module` and ``x`` or `y`_.", "Wraps _ and _ or _."),
+        ("Like scikit-learn's fit() on a DataFrame.", "Like _ 's _ on a _."),
         ("A 🤗 Transformers model of the HF hub, https://hf.co/x.", "A 🤗 _ model of the _ hub, _"),
         ("*args* of my_function, other_function", "args of _"),
         ("Pythonic torches and npm stay.", "Pythonic torches and npm stay."),

@@ -1,4 +1,4 @@
-"""Tasks and their data: specifications, loading with checks, tokenisation, and the built-in docstrings task."""
+"""Tasks and their data: specifications, loading with checks, tokenisation, the built-in docstrings task."""
 
 from __future__ import annotations
 

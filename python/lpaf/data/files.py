@@ -1,7 +1,8 @@
 """Rows of csv, json, jsonl and parquet files, each with the line it came from.
 
-The readers of ``datasets`` guess types (the csv text "NA" becomes null, "007" becomes 7) and cannot say which line is at
-fault. These take every value as it is written and name file and line of the first row that cannot be read.
+The readers of ``datasets`` guess types (the csv text "NA" becomes null, "007" becomes 7) and cannot say which
+line is at fault. These take every value as it is written and name file and line of the first row that cannot
+be read.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ Row = tuple[int, dict[str, Any]]
 def read_rows(path: Path, argument: str) -> list[Row]:
     """All rows of a file as (line, {column: value}).
 
-    The line is the file's, counted from 1 (for parquet, which has none, the row's number). Values of csv files are strings.
+    The line is the file's, counted from 1 (for parquet, which has none, the row's number). Values of csv
+    files are strings.
 
     Args:
-        path: the file; its suffix says what it holds. A .json file is an array of objects, an object with such an array
-            under "data", or JSON lines.
+        path: the file; its suffix says what it holds. A .json file is an array of objects, an object with
+            such an array under "data", or JSON lines.
         argument: the option that named the file, for messages.
 
     Raises:
@@ -144,6 +146,7 @@ def _array_rows(text: str, start: int, path: Path, argument: str) -> Iterator[Ro
 
     at = skip(start + 1)
     closed = text[at : at + 1] == "]"
+    at += closed
     while not closed:
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -158,7 +161,7 @@ def _array_rows(text: str, start: int, path: Path, argument: str) -> Iterator[Ro
             raise bad_row(argument, path, line, "not valid JSON (expected ',' or ']' after the object)")
         closed = separator == "]"
         at = skip(at + 1)
-    if at < len(text) and text[at:].strip():
+    if text[at:].strip():
         raise bad_row(argument, path, text.count("\n", 0, at) + 1, "not valid JSON (text after the array)")
 
 

@@ -30,7 +30,8 @@ _WHOLE = re.compile(r"-?[0-9]+")
 class TaskData:
     """A task's examples, checked.
 
-    Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for regression.
+    Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for
+    regression.
 
     Args:
         spec: the task.
@@ -38,7 +39,8 @@ class TaskData:
         validation: split name -> examples, in the task's order; the first is the main one.
         labels: class names in the order of their indices, or None for regression.
         num_labels: size of the model's output: number of classes, or 1 for regression.
-        fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every machine.
+        fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every
+            machine.
     """
 
     spec: TaskSpec
@@ -78,20 +80,22 @@ def load_task(
 ) -> TaskData:
     """Training and validation examples of a task.
 
-    From ``data_dir`` (train.* and validation.*, or dev.*; for mnli validation_matched.* and validation_mismatched.*), from
-    the two files, or, for a GLUE task without either, from the Hub. ``docstrings`` without either is built on the spot.
+    From ``data_dir`` (train.* and validation.*, or dev.*; for mnli validation_matched.* and
+    validation_mismatched.*), from the two files, or, for a GLUE task without either, from the Hub.
+    ``docstrings`` without either is built on the spot.
 
     Args:
         task: name or specification.
         max_train_samples: keep a seeded choice of so many training examples, in their order. Default: all.
         seed: seed of that choice.
-        evaluation_only: leave ``train`` None and need no training file; the classes of a task without fixed ones are then
-            those of the validation file (``check_labels`` puts them in a model's order).
+        evaluation_only: leave ``train`` None and need no training file; the classes of a task without fixed
+            ones are then those of the validation file (``check_labels`` puts them in a model's order).
 
     Raises:
-        InputError: the task is unknown; the arguments contradict each other; nothing says where the data are, or the Hub
-            cannot be reached; a file is missing, empty or of another kind; a row cannot be read, lacks a column or has no
-            valid label (file and line are named); the training examples have one class, or one value, only.
+        InputError: the task is unknown; the arguments contradict each other; nothing says where the data are,
+            or the Hub cannot be reached; a file is missing, empty or of another kind; a row cannot be read,
+            lacks a column or has no valid label (file and line are named); the training examples have one
+            class, or one value, only.
     """
     spec = get_task(task) if isinstance(task, str) else task
     if max_train_samples is not None and max_train_samples < 1:
@@ -104,7 +108,7 @@ def load_task(
         data = _from_files(spec, *_paths(spec, data_dir, train_file, validation_file, evaluation_only))
     if data.train is not None and max_train_samples is not None and max_train_samples < len(data.train):
         chosen = sorted(random.Random(seed).sample(range(len(data.train)), max_train_samples))
-        train = data.train.select(chosen).flatten_indices()
+        train = Dataset.from_dict(data.train[chosen], features=data.train.features)
         _check_variety(train["label"], data.labels, f"--max-train-samples {max_train_samples}")
         data = make_task_data(spec, train, data.validation, data.labels)
     return data
@@ -113,8 +117,8 @@ def load_task(
 def check_labels(data: TaskData, config: Any) -> TaskData:
     """The same examples with their labels in the order of a model's classes.
 
-    Names are matched exactly, else without regard to case. Where one side has no names (the model's are LABEL_0, ..., or the
-    data's are whole numbers) the number is the index.
+    Names are matched exactly, else without regard to case. Where one side has no names (the model's are
+    LABEL_0, ..., or the data's are whole numbers) the number is the index.
 
     Args:
         data: the task's examples.
@@ -124,13 +128,14 @@ def check_labels(data: TaskData, config: Any) -> TaskData:
         ``data`` itself if nothing changes, else a copy with the model's classes as ``labels``.
 
     Raises:
-        InputError: a label outside the model's classes; a classification model for regression data or the reverse.
+        InputError: a label outside the model's classes; a classification model for regression data or the
+            reverse.
     """
     task, outputs = f"--task {data.spec.name}", config.num_labels
     if data.labels is None:
         if outputs != 1:
             raise InputError(
-                f"{task}: the labels are numbers but the model has {outputs} classes; pass a model with one output"
+                f"{task}: labels are numbers but the model has {outputs} classes; pass one with one output"
             )
         return data
     if outputs == 1:
@@ -139,7 +144,7 @@ def check_labels(data: TaskData, config: Any) -> TaskData:
         )
     names = tuple(str(config.id2label[index]) for index in range(outputs))
     mapping = _match_labels(data.labels, names, task)
-    if mapping == tuple(range(outputs)):
+    if data.labels == names:
         return data
     splits = {
         name: split and _relabel(split, mapping)
@@ -164,13 +169,13 @@ def _match_labels(labels: Sequence[str], names: Sequence[str], argument: str) ->
             mapping.append(number)
         else:
             raise InputError(
-                f"{argument}: label {label!r} is not one of the model's classes ({_listed(names)}); pass a model trained "
-                "for these labels, or rename them"
+                f"{argument}: label {label!r} is not one of the model's classes ({_listed(names)}); "
+                "pass a model trained for these labels, or rename them"
             )
     if len(set(mapping)) < len(mapping):
         raise InputError(
-            f"{argument}: labels {_listed(labels)} cannot be told apart among the model's classes ({_listed(names)}); "
-            "rename them as the model does"
+            f"{argument}: labels {_listed(labels)} cannot be told apart among the model's classes "
+            f"({_listed(names)}); rename them as the model does"
         )
     return tuple(mapping)
 
@@ -193,8 +198,8 @@ def tokenize(
         description: what the progress bar says.
 
     Returns:
-        Columns input_ids, attention_mask and token_type_ids (as far as the model takes them), length (int64), and labels
-        (int64, or float32 for regression), in the dataset's order.
+        Columns input_ids, attention_mask and token_type_ids (as far as the model takes them), length (int64),
+        and labels (int64, or float32 for regression), in the dataset's order.
 
     Raises:
         InputError: ``max_length`` is too small to hold any text.
@@ -228,12 +233,13 @@ def _built_in(spec: TaskSpec) -> TaskData:
     if spec.name == "docstrings":
         from .docstrings import build_docstrings
 
-        # Not the run's seed: a model must be evaluated on the split that it was trained on, whatever its seed was.
+        # Not the run's seed: a model must be evaluated on the split that it was trained on, whatever its seed
+        # was.
         return build_docstrings()
     if spec.hub is None:
         raise InputError(
-            f"--task {spec.name}: needs your data; pass --data-dir with train and validation files, or --train-file and "
-            "--validation-file"
+            f"--task {spec.name}: needs your data; pass --data-dir with train and validation files, or "
+            "--train-file and --validation-file"
         )
     splits = _from_hub(spec)
     return make_task_data(
@@ -253,8 +259,8 @@ def _from_hub(spec: TaskSpec) -> Mapping[str, Dataset]:
     """The Hub's splits, or its copy in the local cache; without a network it gives up at once."""
     repository, configuration = spec.hub
     failure = InputError(
-        f"--task {spec.name}: the Hub cannot be reached and {repository} is not in the local cache; pass --data-dir with "
-        "train and validation files (csv, json, jsonl or parquet)"
+        f"--task {spec.name}: the Hub cannot be reached and {repository} is not in the local cache; pass "
+        "--data-dir with train and validation files (csv, json, jsonl or parquet)"
     )
     # `load_dataset` retries for half a minute; one request with a time limit tells whether that can succeed.
     if not datasets.config.HF_HUB_OFFLINE and not _hub_answers(repository):
@@ -316,20 +322,21 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
     first = next(iter(sources.values()))
     rows = {name: read_rows(source.path, source.argument) for name, source in sources.items()}
     columns = {name: _text_columns(rows[name], spec, source) for name, source in sources.items()}
+    expected = next(iter(columns.values()))
     for name, source in sources.items():
-        if columns[name] != next(iter(columns.values())):
+        if columns[name] != expected:
             raise InputError(
-                f"{source.argument} {source.path}: its text columns are {', '.join(columns[name])}, those of {first.path} "
-                f"are {', '.join(next(iter(columns.values())))}; use the same columns in both files"
+                f"{source.argument} {source.path}: its text columns are {', '.join(columns[name])}, those of "
+                f"{first.path} are {', '.join(expected)}; use the same columns in both files"
             )
     labels = None
     if not spec.is_regression:
         labels = spec.labels or _class_names(next(iter(rows.values())), spec, first)
-    splits = {
-        name: _dataset(rows[name], columns[name], labels, spec, source) for name, source in sources.items()
-    }
-    if train is not None:
-        _check_variety(splits["train"]["label"], labels, f"{train.argument} {train.path}")
+    splits = {}
+    for name, source in sources.items():
+        splits[name] = _dataset(rows[name], columns[name], labels, spec, source)
+        if name == "train":
+            _check_variety(splits[name]["label"], labels, f"{source.argument} {source.path}")
     return make_task_data(spec, splits.pop("train", None), splits, labels)
 
 

@@ -1,4 +1,4 @@
-"""The tasks: every GLUE task by its name on the Hub, two tasks for your own files, and the docstrings task."""
+"""The tasks: all of GLUE by the Hub's names, two tasks for your own files, and the docstrings task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ CLASSIFICATION = "classification"
 REGRESSION = "regression"
 METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
 
-# What the columns of a file may be called when the task does not fix it, in the order in which they are looked for.
+# What the columns of a file may be called when the task does not fix it, in the order in which they are
+# looked for.
 FREE_TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))
 
 
@@ -20,13 +21,13 @@ class TaskSpec:
 
     Args:
         name: the name that ``--task`` takes.
-        text_columns: the choices of text columns, each a tuple of one (single text) or two (pair) column names; the first
-            choice whose columns are all in the file is used.
+        text_columns: the choices of text columns, each a tuple of one (single text) or two (pair) column
+            names; the first choice whose columns are all in the file is used.
         problem: "classification" or "regression".
         metrics: names out of ``METRICS``, in the order in which they are shown.
         main_metric: the one that stands for the task, out of ``metrics``.
-        labels: class names in the order of their integer labels on the Hub, or None when the data decide (and for
-            regression).
+        labels: class names in the order of their integer labels on the Hub, or None when the data decide (and
+            for regression).
         label_column: column of the label. Default: "label".
         validation_splits: names of the validation splits; the first is the main one.
         hub: (repository, configuration) of ``datasets.load_dataset``, or None for tasks without one.

@@ -43,8 +43,8 @@ def predictions_of(spec: TaskSpec, outputs: ArrayLike) -> np.ndarray:
 def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """The task's metrics, in its order.
 
-    f1 is that of class 1 for GLUE's two-class tasks and the mean over the classes (macro) for all other tasks. A correlation
-    with constant predictions or labels is 0.
+    f1 is that of class 1 for GLUE's two-class tasks and the mean over the classes (macro) for all other
+    tasks. A correlation with constant predictions or labels is 0.
 
     Args:
         outputs: logits [B, C] or predictions [B].
@@ -56,7 +56,7 @@ def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> di
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
     if truth.shape != predictions.shape or truth.size == 0:
         raise ValueError(
-            f"labels has shape {truth.shape}: expected {predictions.shape}, one label per output, at least one"
+            f"labels has shape {truth.shape}: expected {predictions.shape}, one per output, at least one"
         )
     if np.isnan(np.asarray(outputs, dtype=np.float64)).any():
         raise ValueError("outputs contains NaN: expected finite numbers")
@@ -111,8 +111,8 @@ class PairedTest:
 def mcnemar(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
     """Exact McNemar test of two classifiers on the same examples.
 
-    Of the examples that exactly one has right, each is the winner with probability 1/2 under the null hypothesis; the
-    p-value is the two-sided binomial one.
+    Of the examples that exactly one has right, each is the winner with probability 1/2 under the null
+    hypothesis; the p-value is the two-sided binomial one.
 
     Args:
         a, b: predicted classes [B].

@@ -86,6 +86,16 @@ def ratio_for_rank(shapes: Iterable[Shape], rank: int) -> float:
     return rank * sum(r + c for r, c in shapes) / sum(r * c for r, c in shapes)
 
 
+def check_size(rank: int | None, ratio: float | None) -> None:
+    """InputError unless exactly one of rank (at least 1) and ratio (in (0, 1]) is given."""
+    if (rank is None) == (ratio is None):
+        raise InputError("--rank/--ratio: pass exactly one of them")
+    if ratio is not None and not 0.0 < ratio <= 1.0:
+        raise InputError(f"--ratio {ratio:g}: must be in (0, 1]")
+    if rank is not None and rank < 1:
+        raise InputError(f"--rank {rank}: must be at least 1")
+
+
 def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None, force: bool = False) -> int:
     """The uniform rank that ``rank`` or ``ratio`` asks for, or InputError.
 
@@ -95,11 +105,8 @@ def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None
         ratio: share of encoder weights in (0, 1].
         force: accept ranks above break-even, where the factors hold more weights than the matrix.
     """
-    if (rank is None) == (ratio is None):
-        raise InputError("--rank/--ratio: pass exactly one of them")
+    check_size(rank, ratio)
     if ratio is not None:
-        if not 0.0 < ratio <= 1.0:
-            raise InputError(f"--ratio {ratio:g}: must be in (0, 1]")
         asked = f"--ratio {ratio:g}"
         rank = rank_for_ratio(shapes.values(), ratio)
         if rank < 1:
@@ -107,8 +114,6 @@ def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None
             raise InputError(f"{asked}: rank 1 already needs {least:.4f} of the encoder; pass --ratio {least:.4f} or more")
     else:
         asked = f"--rank {rank}"
-        if rank < 1:
-            raise InputError(f"{asked}: must be at least 1")
     tightest = min(shapes, key=lambda name: min(shapes[name]))
     if rank > min(shapes[tightest]):
         rows, columns = shapes[tightest]

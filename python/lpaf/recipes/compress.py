@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
@@ -41,7 +42,7 @@ from ..models.checkpoint import (
     save_compressed,
     save_model,
 )
-from ..models.count import encoder_params, forward_macs, matrix_shapes, resolve_rank, total_params, weight_bytes
+from ..models.count import check_size, encoder_params, forward_macs, matrix_shapes, resolve_rank, total_params, weight_bytes
 from ..models.device import device_name, resolve_device
 from ..models.targets import encoder_linears
 from ..prune import PRUNERS
@@ -90,6 +91,7 @@ def prepare(options: CompressOptions) -> Prepared:
     """Check everything that can be checked before anything is written, cheapest first."""
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
+    check_size(options.rank, options.ratio)
     check_output(Path(options.output), options.overwrite)
     if options.save_dense is not None:
         check_output(Path(options.save_dense), options.overwrite, flag="--save-dense")
@@ -525,7 +527,7 @@ def compress(options: CompressOptions, command: str | None = None) -> tuple[nn.M
     prepared = prepare(options)
     try:
         return Compression(prepared, command or shlex.join(["lpaf", *sys.argv[1:]])).run()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         explained = explain_os_error(error, Path(options.output))
         if explained is None:
             raise

@@ -126,11 +126,13 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
         raise InputError(f"{flag} {output}: {parent} is not writable; pass a directory you may write to")
 
 
-def explain_os_error(error: OSError | RuntimeError, output: Path) -> InputError | None:
+def explain_os_error(error: Exception, output: Path) -> InputError | None:
     """The one-line message for a full or read-only disk met while writing, or None for any other error."""
     text = str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text
-    if full or "PytorchStreamWriter failed" in text:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        sign in text for sign in ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter failed")
+    )
+    if full:
         return InputError(f"--output {output}: disk full while writing; free some space and continue with --resume")
     if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
         return InputError(f"--output {output}: not writable ({os.strerror(error.errno)}); pass another directory")

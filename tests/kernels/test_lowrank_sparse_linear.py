@@ -1,0 +1,426 @@
+"""lowrank_sparse_linear and LowRankSparseLinear."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import nn
+
+from lpaf_kernels import LowRankSparseLinear, lowrank_sparse_linear, packed_lowrank_sparse_linear
+from lpaf_kernels.ops.lowrank_sparse_linear import lowrank_sparse_linear_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+ACTIVATIONS = [None, "gelu", "gelu_tanh", "relu", "silu", "tanh"]
+CASES = [  # leading shape, in, out, rank, kept, bias
+    ((5,), 7, 6, 3, 2, True),
+    ((), 7, 6, 3, 2, True),
+    ((2, 3), 7, 6, 3, 0, True),
+    ((2, 3), 7, 6, 3, 0, False),
+    ((4,), 7, 6, 0, 2, True),
+    ((4,), 7, 6, 0, 2, False),
+    ((4,), 7, 6, 0, 0, True),
+    ((4,), 7, 6, 2, 6, True),
+    ((0,), 7, 6, 3, 2, True),
+    ((2, 0), 7, 6, 3, 0, False),
+    ((1,), 1, 1, 1, 1, True),
+    ((33,), 65, 130, 41, 13, True),
+]
+
+
+def act(name: str | None, y: torch.Tensor) -> torch.Tensor:
+    table = {
+        None: lambda t: t,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "relu": F.relu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+    }
+    return table[name](y)
+
+
+def chain(x, down, up, kept, bias, activation):
+    """What a user writes by hand."""
+    rank = up.shape[0]
+    y = F.linear(F.linear(x, down[:rank]), up.T, bias)
+    if kept is not None:
+        y = y.index_add(-1, kept, F.linear(x, down[rank:]))
+    return act(activation, y)
+
+
+def make(lead, d_in, d_out, rank, kept, bias, dtype=torch.float32):
+    x = torch.randn(*lead, d_in).to(dtype).requires_grad_()
+    down = (torch.randn(rank + kept, d_in) / d_in**0.5).to(dtype).requires_grad_()
+    up = torch.randn(rank, d_out).to(dtype).requires_grad_()
+    positions = torch.randperm(d_out)[:kept].sort().values.int() if kept else None
+    b = torch.randn(d_out).to(dtype).requires_grad_() if bias else None
+    return x, down, up, positions, b
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case, dtype, assert_accurate):
+    for activation in ACTIVATIONS:
+        x, down, up, kept, bias = make(*case, dtype=dtype)
+        inputs = [tensor for tensor in (x, down, up, bias) if tensor is not None]
+        y = packed_lowrank_sparse_linear(x, down, up, kept, bias, activation)
+        grad = torch.randn(y.shape).to(dtype)
+        actual = [y, *torch.autograd.grad(y, inputs, grad)]
+
+        def differentiate(dtype, inputs=inputs, grad=grad, kept=kept, bias=bias, activation=activation):
+            x, down, up, *rest = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
+            y = chain(x, down, up, kept, rest[0] if bias is not None else None, activation)
+            leaves = [x, down, up, *rest]
+            return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+        for result, by_hand, exact in zip(
+            actual, differentiate(dtype), differentiate(torch.float64), strict=True
+        ):
+            assert_accurate(result, by_hand, exact)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                packed_lowrank_sparse_linear(x, down, up, kept, bias, activation), y.detach()
+            )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference(activation):
+    x, down, up, kept, bias = make((2, 5), 7, 6, 3, 2, True, torch.float64)
+    u, s = down[:3].T, down[3:].T
+    expected = lowrank_sparse_linear_reference(x, u, up, s, kept, bias, activation)
+    torch.testing.assert_close(lowrank_sparse_linear(x, u, up, s, kept, bias, activation), expected)
+    without = lowrank_sparse_linear_reference(x, u, up, activation=activation)
+    torch.testing.assert_close(lowrank_sparse_linear(x, u, up, activation=activation), without)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[8]], ids=str)
+def test_gradcheck(activation, case):
+    x, down, up, kept, bias = make(*case, dtype=torch.float64)
+    inputs = (x, down, up) if bias is None else (x, down, up, bias)
+    assert torch.autograd.gradcheck(
+        lambda x, down, up, bias=None: packed_lowrank_sparse_linear(x, down, up, kept, bias, activation),
+        inputs,
+    )
+
+
+def test_gradients_reach_the_separate_factors():
+    x, down, up, kept, bias = make((5,), 7, 6, 3, 2, True, torch.float64)
+    leaves = [t.detach().clone().requires_grad_() for t in (down[:3].T, up, down[3:].T)]
+    assert torch.autograd.gradcheck(
+        lambda u, v, s: lowrank_sparse_linear(x.detach(), u, v, s, kept, bias.detach()), leaves
+    )
+
+
+@pytest.mark.parametrize("needed", range(4))
+def test_partial_gradients(needed):
+    x, down, up, kept, bias = make((5,), 7, 6, 3, 2, True)
+    expected = torch.autograd.grad(
+        packed_lowrank_sparse_linear(x, down, up, kept, bias, "gelu").sum(), [x, down, up, bias]
+    )
+    leaves = [t.detach().requires_grad_(i == needed) for i, t in enumerate((x, down, up, bias))]
+    packed_lowrank_sparse_linear(*leaves[:3], kept, leaves[3], "gelu").sum().backward()
+    for i, (leaf, gradient) in enumerate(zip(leaves, expected, strict=True)):
+        assert (leaf.grad is not None) == (i == needed)
+        if i == needed:
+            assert torch.equal(leaf.grad, gradient)
+
+
+def test_non_contiguous_input():
+    x, down, up, kept, bias = make((4, 3), 7, 6, 3, 2, True)
+    expected = packed_lowrank_sparse_linear(x.transpose(0, 1).contiguous(), down, up, kept, bias)
+    strided = x.detach().transpose(0, 1)
+    for kept_as in (kept, kept.long()):
+        assert torch.equal(packed_lowrank_sparse_linear(strided, down, up, kept_as, bias), expected)
+        with torch.no_grad():
+            assert torch.equal(packed_lowrank_sparse_linear(strided, down, up, kept_as, bias), expected)
+    columns = torch.randn(7, 12).T
+    torch.testing.assert_close(
+        packed_lowrank_sparse_linear(columns, down, up, kept, bias),
+        packed_lowrank_sparse_linear(columns.contiguous(), down, up, kept, bias),
+    )
+
+
+def test_inputs_are_not_written():
+    x, down, up, kept, bias = make((4,), 7, 6, 3, 2, True)
+    before = [t.detach().clone() for t in (x, down, up, kept, bias)]
+    packed_lowrank_sparse_linear(x, down, up, kept, bias, "relu").sum().backward()
+    with torch.no_grad():
+        packed_lowrank_sparse_linear(x, down, up, kept, bias, "relu")
+    for tensor, old in zip((x, down, up, kept, bias), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_backward_needs_training():
+    x, down, up, _, bias = make((4,), 7, 6, 3, 0, True)
+    y = torch.ops.lpaf_kernels.lowrank_sparse_linear(x, down, up, None, bias, "none", False)[0]
+    with pytest.raises(RuntimeError, match="training=True"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_autocast(grad, compiled):
+    layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, 0.3)
+    x = torch.randn(5, 7)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(x)
+    assert y.dtype == torch.bfloat16
+    half = copy.deepcopy(layer).bfloat16()
+    assert torch.equal(y, half(x.bfloat16()))
+    if grad:
+        y.sum().backward()
+        assert layer.down.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "tanh"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=str)
+def test_opcheck(activation, case):
+    x, down, up, kept, bias = make(*case)
+    op = torch.ops.lpaf_kernels.lowrank_sparse_linear
+    torch.library.opcheck(op, (x, down, up, kept, bias, activation, True))
+    plain = [None if t is None else t.detach() for t in (x, down, up, kept, bias)]
+    torch.library.opcheck(op, (*plain, activation, False))
+    y, z, pre = op(*plain, activation, True)
+    saved = y if activation == "tanh" else pre
+    for needs in ([True] * 4, [False, True, False, False]):
+        torch.library.opcheck(
+            torch.ops.lpaf_kernels.lowrank_sparse_linear_backward,
+            (torch.randn_like(y), *plain[:4], z, saved, activation, needs),
+        )
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiles_whole_without_recompilation(keep, grad):
+    layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, keep)
+    layer.activation = "gelu"
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(grad):
+        for rows in (4, 9, 33):
+            x = torch.randn(rows, 5, 7)
+            torch._dynamo.mark_dynamic(x, 0)
+            y = compiled(x)
+            assert torch.equal(y, layer(x))
+            if grad:
+                y.sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_compiles_with_inductor():
+    layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, 0.3)
+    x = torch.randn(4, 7, requires_grad=True)
+    y = torch.compile(layer, fullgraph=True)(x)
+    assert torch.equal(y, layer(x))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_exports(keep):
+    layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, keep)
+    program = torch.export.export(
+        layer, (torch.randn(4, 7),), dynamic_shapes=({0: torch.export.Dim("rows")},)
+    )
+    x = torch.randn(9, 7)
+    assert torch.equal(program.module()(x), layer(x))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.export.load(buffer).module()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": 1.0}, TypeError, "x: expected a torch.Tensor, got float"),
+        ({"x": torch.ones(5, 7).long()}, TypeError, "x: expected float32.*got torch.int64"),
+        ({"x": torch.ones(5, 8)}, ValueError, r"x: expected last dimension 7 .*\[5, 8\]"),
+        ({"x": torch.ones(5, 7).half()}, TypeError, "down, up, bias: expected dtype torch.float16"),
+        ({"down": torch.ones(7)}, ValueError, r"down: expected shape \[r \+ kept, in\], got \[7\]"),
+        ({"down": torch.ones(4, 7)}, ValueError, r"down: expected 3 \+ 2 rows .*got shape \[4, 7\]"),
+        ({"up": torch.ones(3)}, ValueError, r"up: expected shape \[r, out\], got \[3\]"),
+        ({"up": torch.ones(3, 6, device="meta")}, ValueError, "up: expected device cpu"),
+        ({"kept": [0, 1]}, TypeError, "kept: expected a torch.Tensor, got list"),
+        ({"kept": torch.ones(2)}, TypeError, "kept: expected int32 or int64, got torch.float32"),
+        ({"kept": torch.ones(1, 2).int()}, ValueError, r"kept: expected shape \[kept\]"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias: expected shape \[6\].*got \[5\]"),
+        ({"bias": torch.ones(6).double()}, TypeError, "bias: expected dtype torch.float32"),
+        ({"activation": "swish"}, ValueError, "activation: expected None or one of gelu.*got 'swish'"),
+    ],
+)
+def test_bad_input(change, error, text):
+    arguments = {
+        "x": torch.ones(5, 7),
+        "down": torch.ones(5, 7),
+        "up": torch.ones(3, 6),
+        "kept": torch.tensor([1, 4], dtype=torch.int32),
+    }
+    with pytest.raises(error, match=text):
+        packed_lowrank_sparse_linear(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"u": torch.ones(7)}, r"u: expected shape \[in, r\]"),
+        ({"v": torch.ones(4, 6)}, r"v: expected shape \[3, out\]"),
+        ({"s": torch.ones(7, 2)}, "kept: expected together with s"),
+        ({"s": torch.ones(7, 2), "kept": torch.tensor([1])}, r"s: expected shape \[7, 1\]"),
+    ],
+)
+def test_bad_factors(change, text):
+    with pytest.raises(ValueError, match=text):
+        lowrank_sparse_linear(
+            **{"x": torch.ones(5, 7), "u": torch.ones(7, 3), "v": torch.ones(3, 6), **change}
+        )
+
+
+class TestModule:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
+    def test_from_linear_at_full_rank(self, bias, shape):
+        linear = nn.Linear(*shape, bias=bias)
+        layer = LowRankSparseLinear.from_linear(linear, 9)
+        x = torch.randn(4, shape[0])
+        torch.testing.assert_close(layer(x), linear(x))
+        dense = layer.to_dense()
+        torch.testing.assert_close(dense.weight, linear.weight)
+        torch.testing.assert_close(dense(x), layer(x))
+        assert (dense.bias is None) == (not bias)
+
+    def test_from_linear_keeps_the_worst_rows(self):
+        linear = nn.Linear(12, 10)
+        rank_2 = LowRankSparseLinear.from_linear(linear, 2)
+        residual = (linear.weight - rank_2.to_dense().weight).norm(dim=1)
+        layer = LowRankSparseLinear.from_linear(linear, 2, keep=0.3)
+        assert layer.kept.tolist() == residual.topk(3).indices.sort().values.tolist()
+        assert layer.kept.dtype == torch.int32
+        torch.testing.assert_close(layer.to_dense().weight[layer.kept], linear.weight[layer.kept])
+        torch.testing.assert_close(layer.weight, layer.to_dense().weight)
+        assert layer.u.shape == (12, 2)
+        assert layer.v.shape == (2, 10)
+        assert layer.s.shape == (12, 3)
+
+    def test_rank_zero_is_sparse_only(self):
+        linear = nn.Linear(12, 10)
+        layer = LowRankSparseLinear.from_linear(linear, 0, keep=1.0)
+        x = torch.randn(3, 12)
+        torch.testing.assert_close(layer(x), linear(x))
+
+    def test_from_factors_copies(self):
+        a, b, bias = torch.randn(6, 3), torch.randn(3, 7), torch.randn(6)
+        layer = LowRankSparseLinear.from_factors(a, b, bias)
+        x = torch.randn(4, 7)
+        torch.testing.assert_close(layer(x), F.linear(x, a @ b, bias))
+        for tensor in (a, b, bias):
+            tensor.zero_()
+        assert all((parameter != 0).any() for parameter in layer.parameters())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_from_linear_keeps_dtype_and_copies(self, dtype):
+        linear = nn.Linear(12, 10, dtype=dtype)
+        layer = LowRankSparseLinear.from_linear(linear, 10)
+        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+        storages = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        assert linear.bias.untyped_storage().data_ptr() not in storages
+        tolerance = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14
+        torch.testing.assert_close(layer.weight, linear.weight.detach(), rtol=0, atol=tolerance)
+
+    def test_round_trip(self):
+        layer = LowRankSparseLinear.from_linear(nn.Linear(12, 10), 2, keep=0.3)
+        other = LowRankSparseLinear(12, 10, 2, kept=3)
+        assert list(layer.state_dict()) == ["down", "up", "bias", "kept"]
+        other.load_state_dict(layer.state_dict())
+        x = torch.randn(3, 12)
+        assert torch.equal(other(x), layer(x))
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+    def test_meta_then_load(self):
+        layer = LowRankSparseLinear.from_linear(nn.Linear(12, 10), 2, keep=0.3)
+        meta = LowRankSparseLinear(12, 10, 2, kept=3, device="meta")
+        assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))
+        assert meta(torch.empty(4, 12, device="meta")).shape == (4, 10)
+        meta.load_state_dict(layer.state_dict(), assign=True)
+        meta.check_kept()
+        x = torch.randn(3, 12)
+        assert torch.equal(meta(x), layer(x))
+
+    def test_bfloat16_keeps_the_indices(self):
+        layer = LowRankSparseLinear.from_linear(nn.Linear(600, 600), 2, keep=1.0).bfloat16()
+        assert layer.kept.dtype == torch.int32
+        assert torch.equal(layer.kept, torch.arange(600, dtype=torch.int32))
+        assert layer(torch.randn(3, 600).bfloat16()).dtype == torch.bfloat16
+
+    def test_initial_variance_is_that_of_linear(self):
+        layer, linear = LowRankSparseLinear(256, 256, 32, kept=3), nn.Linear(256, 256)
+        assert 0.8 < layer.weight.var() / linear.weight.var() < 1.2
+        assert (layer.s == 0).all()
+
+    def test_repr(self):
+        layer = LowRankSparseLinear(12, 10, 2, kept=3, activation="gelu")
+        text = "in_features=12, out_features=10, rank=2, kept=3, bias=True, activation='gelu'"
+        assert repr(layer) == f"LowRankSparseLinear({text})"
+
+    @pytest.mark.parametrize(
+        ("positions", "text"),
+        [
+            ([0, 10], r"\[0, 10\), got 0 to 10"),
+            ([-1, 2], "got -1 to 2"),
+            ([2, 1], "sorted"),
+            ([1, 1], "sorted"),
+        ],
+    )
+    def test_bad_positions(self, positions, text):
+        bad = torch.tensor(positions)
+        with pytest.raises(ValueError, match=f"kept: .*{text}"):
+            LowRankSparseLinear(12, 10, 2, kept=bad)
+        layer = LowRankSparseLinear(12, 10, 2, kept=2)
+        with pytest.raises(RuntimeError, match=f"kept: .*{text}"):
+            layer.load_state_dict({**layer.state_dict(), "kept": bad.int()})
+        layer.kept = bad.int()
+        with pytest.raises(ValueError, match=f"kept: .*{text}"):
+            layer.check_kept()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "text"),
+        [
+            ((12, 10, 11), ValueError, "rank: expected 0 to 10, got 11"),
+            ((12, 10, -1), ValueError, "rank: expected 0 to 10, got -1"),
+            ((12, 10, 2.0), TypeError, "rank: expected an integer, got 2.0"),
+            ((0, 10, 2), ValueError, "in_features: expected at least 1, got 0"),
+            ((12, 10, 2, 11), ValueError, "kept: expected 0 to 10, got 11"),
+            ((12, 10, 2, 0, True, "swish"), ValueError, "activation: .*got 'swish'"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, error, text):
+        with pytest.raises(error, match=text):
+            LowRankSparseLinear(*arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "text"),
+        [
+            ((nn.Identity(), 2), TypeError, "linear: expected an nn.Linear, got Identity"),
+            ((nn.Linear(12, 10), 0), ValueError, "rank: expected 1 to 10, got 0"),
+            ((nn.Linear(12, 10), 2, 1.5), ValueError, "keep: .*got 1.5"),
+            ((nn.Linear(12, 10), 2, 0.0, torch.ones(12)), ValueError, r"row_weights: expected shape \[10\]"),
+        ],
+    )
+    def test_bad_from_linear(self, arguments, error, text):
+        with pytest.raises(error, match=text):
+            LowRankSparseLinear.from_linear(*arguments)
+
+    def test_bad_conversions(self):
+        with pytest.raises(ValueError, match="a, b: expected shapes"):
+            LowRankSparseLinear.from_factors(torch.ones(6, 3), torch.ones(2, 7))
+        with pytest.raises(ValueError, match=r"bias: expected shape \[6\]"):
+            LowRankSparseLinear.from_factors(torch.ones(6, 3), torch.ones(3, 7), torch.ones(7))
+        with pytest.raises(ValueError, match="activation: expected a layer without activation, got 'gelu'"):
+            LowRankSparseLinear(12, 10, 2, activation="gelu").to_dense()
