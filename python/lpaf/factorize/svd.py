@@ -43,6 +43,14 @@ def mask_row_weights(weight: torch.Tensor, root: bool = True) -> torch.Tensor:
     return score_row_weights((weight != 0).float(), root)
 
 
+def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with equal norms of each column of a [n, r] and row of b [r, m], so that both train at one rate."""
+    tiny = torch.finfo(a.dtype).tiny
+    scale = (b.norm(dim=1).clamp_min(tiny) / a.norm(dim=0).clamp_min(tiny)).sqrt()
+    scale = torch.where((a.norm(dim=0) > 0) & (b.norm(dim=1) > 0), scale, torch.ones_like(scale))
+    return a * scale, b / scale[:, None]
+
+
 class SVDFactorizer:
     """Row-weighted truncated SVD at one rank for every encoder linear.
 
@@ -75,6 +83,7 @@ class SVDFactorizer:
             weight = linear.weight.detach()
             d = self.row_weights(weight, scores.get(name) if scores else None)
             a, b = weighted_svd(weight, self.rank, row_weights=d)
+            a, b = balance(a, b)
             residual = weight - a @ b
             scale = torch.ones(weight.shape[0], 1, device=weight.device) if d is None else d[:, None]
             norm = (scale * weight).norm()

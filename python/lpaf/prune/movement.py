@@ -4,6 +4,10 @@ Every encoder linear becomes a ``MaskedLinear`` with a score per weight. The str
 dL/dS = W * dL/dW_eff, so that AdamW on the scores accumulates -W dL/dW (Eq. 4): weights that move away from zero rise,
 weights that move towards it fall. After each step the top v_t share of the scores is kept. Pruned weights keep their value
 and their score keeps learning, so they may return; at the end they are zeroed for good.
+
+Scores start at zero in the papers, which train for tens of thousands of updates. In a run of a thousand, the first cuts then
+follow noise and wreck the model; scores that start at the weights' magnitude make them harmless, and movement takes over from
+there (docs/methods.md has the measurement).
 """
 
 from __future__ import annotations
@@ -32,18 +36,28 @@ class MovementPruner:
         keep: final share of weights kept, in (0, 1].
         scope: "matrix" keeps the share in every matrix, "global" over all of them together.
         warmup, cooldown: see :class:`CubicSchedule`.
+        score_init: scores start at this multiple of |W| / mean(|W|) of their matrix; 0 starts them at zero.
     """
 
-    def __init__(self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3) -> None:
+    def __init__(
+        self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3, score_init: float = 0.0
+    ) -> None:
+        if score_init < 0:
+            raise ValueError(f"score_init: must be 0 or more, got {score_init}")
         if scope not in ("matrix", "global"):
             raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
+        self.score_init = score_init
 
     def attach(self, model: nn.Module) -> None:
         """Replace every encoder linear of ``model`` by a MaskedLinear that keeps everything."""
         for name, linear in encoder_linears(model).items():
-            model.set_submodule(name, MaskedLinear.from_linear(linear))
+            masked = MaskedLinear.from_linear(linear)
+            if self.score_init:
+                magnitude = linear.weight.detach().abs()
+                masked.scores.data.copy_(self.score_init * magnitude / magnitude.mean())
+            model.set_submodule(name, masked)
 
     def update_masks(self, model: nn.Module, keep: float) -> None:
         """Select the top ``keep`` share of the current scores."""

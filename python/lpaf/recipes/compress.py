@@ -72,14 +72,8 @@ class Prepared:
     model: nn.Module
     rank: int
     finetune_epochs: float
-    keep: float
     mixed_rank_p: float
     device: str
-
-
-def default_keep(ratio: float) -> float:
-    """Share of weights kept by pruning when ``--keep`` is silent: smaller ranks want smaller shares (Table 4)."""
-    return 0.5 if ratio > 0.35 else 0.25 if ratio > 0.2 else 0.15
 
 
 def default_mixed_rank_p(ratio: float) -> float:
@@ -133,7 +127,6 @@ def prepare(options: CompressOptions) -> Prepared:
         model=model,
         rank=rank,
         finetune_epochs=epochs,
-        keep=options.keep if options.keep is not None else default_keep(ratio),
         mixed_rank_p=options.mixed_rank_p if options.mixed_rank_p is not None else default_mixed_rank_p(ratio),
         device=device,
     )
@@ -284,10 +277,11 @@ class Compression:
         state = self.finished("prune", model)
         if state is None:
             pruner = PRUNERS[method.pruner](
-                keep=self.prepared.keep,
+                keep=options.keep,
                 scope=options.scope,
                 warmup=options.prune_warmup,
                 cooldown=options.prune_cooldown,
+                score_init=options.score_init,
             )
             pruner.attach(model)
             train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)
@@ -345,6 +339,9 @@ class Compression:
             save_model(dense, self.prepared.tokenizer, Path(self.options.save_dense))
         train_set = self.with_teacher(dense)
         sparse = copy.deepcopy(dense)
+        if self.options.freeze_embeddings:
+            embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
+            nn.ModuleList(embeddings).requires_grad_(False)
         scores = self.prune(sparse, train_set)
         model, factorized = self.shrink(sparse, scores, train_set, self.prepared.rank)
         others = {
@@ -432,7 +429,7 @@ class Compression:
             "config": options.to_dict()
             | {
                 "rank": prepared.rank,
-                "keep": prepared.keep if prepared.method.pruner else None,
+                "keep": options.keep if prepared.method.pruner else None,
                 "mixed_rank_p": prepared.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
                 "finetune_epochs": prepared.finetune_epochs,
                 "weighting": prepared.method.weighting,

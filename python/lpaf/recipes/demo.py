@@ -26,13 +26,13 @@ def demo_options(output: Path, quick: bool, seed: int) -> CompressOptions:
         "output": str(output),
         "ratio": 0.25,
         "seed": seed,
-        "max_length": 48,
+        "max_length": 32 if quick else 48,
         "checkpoint_steps": 0,
         "overwrite": True,
     }
     if quick:
         return CompressOptions(
-            **common, max_train_samples=640, finetune_epochs=1, prune_epochs=1, retrain_epochs=1, max_length=32
+            **common, max_train_samples=640, finetune_epochs=1, prune_epochs=1, retrain_epochs=1
         )
     return CompressOptions(**common, finetune_epochs=3, prune_epochs=1, retrain_epochs=2)
 

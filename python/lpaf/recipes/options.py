@@ -47,13 +47,17 @@ class CompressOptions:
     finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")
     prune_lr: float = option(5e-5, "learning rate of the weights while pruning", "training", metavar="X")
     score_lr: float = option(1e-2, "learning rate of the pruning scores", "training", metavar="X")
-    retrain_lr: float = option(2e-4, "learning rate of retraining", "training", metavar="X")
+    retrain_lr: float = option(4e-4, "learning rate of retraining", "training", metavar="X")
+    freeze_embeddings: bool = option(False, "train no embeddings while pruning and retraining (faster)", "training")
     distill: float = option(0.5, "weight of logit distillation from the dense model, in [0, 1]", "training", metavar="X")
     temperature: float = option(2.0, "temperature of the distillation", "training", metavar="X")
     seed: int = option(0, "seed of data order, dropout, draws and new heads", "training", metavar="N")
 
-    keep: float | None = option(None, "share of weights that pruning keeps (default: by rank)", "method", metavar="V")
+    keep: float = option(0.5, "share of weights that pruning keeps", "method", metavar="V")
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
+    score_init: float = option(
+        4.0, "scores start at X times |W| / mean |W|; 0 starts them at zero, as the paper does", "method", metavar="X"
+    )
     prune_warmup: float = option(0.1, "share of pruning updates before it starts", "method", metavar="X")
     prune_cooldown: float = option(0.3, "share of pruning updates at the final share", "method", metavar="X")
     prune: bool = option(True, "skip pruning (its updates go to retraining)", "method", negate=True)
@@ -79,7 +83,7 @@ class CompressOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{flag(name)} {value:g}: must be above 0")
-        for name in ("finetune_epochs", "checkpoint_steps", "seed"):
+        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
@@ -89,7 +93,7 @@ class CompressOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
-        if self.keep is not None and not 0.0 < self.keep <= 1.0:
+        if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
         for name in ("prune_warmup", "prune_cooldown"):
             if not 0.0 <= getattr(self, name) < 1.0:
