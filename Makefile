@@ -23,11 +23,14 @@ demo: env
 demo-quick: env
 	$(BIN)/lpaf demo --quick --output runs/demo-quick
 
+# One test file per core at a time, one thread each: two threads in each of two processes would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
 test: env
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: env
-	$(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: env
 	$(BIN)/ruff check .

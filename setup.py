@@ -118,9 +118,7 @@ def parallel_jobs() -> int:
 def run(command: list[str]) -> None:
     """Run ``command``, passing its output on; raise NativeBuildError with that output if it fails."""
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:
         raise NativeBuildError(f"{command[0]} could not be run: {error}") from error
     print(done.stdout, flush=True)
@@ -153,7 +151,9 @@ class CMakeBuild(build_ext):
             if LIBRARY_NAMES.search(stale.name):
                 stale.unlink()
         for library in built:
-            self._libraries.append(Path(shutil.copy2(library, destination / library.name)))
+            # Renamed into place: a process that has the old library mapped keeps it.
+            fresh = shutil.copy2(library, destination / f".{library.name}.new")
+            self._libraries.append(Path(fresh).replace(destination / library.name))
 
     def _destination(self) -> Path:
         package = "lpaf_kernels"
@@ -171,9 +171,7 @@ class CMakeBuild(build_ext):
             return self._build("cuda", nvcc)
         except NativeBuildError as error:
             if must_have_cuda:
-                raise SystemExit(
-                    f"lpaf-kernels: the CUDA kernels are required, but {error.explain()}"
-                ) from error
+                raise SystemExit(f"lpaf-kernels: the CUDA kernels are required, but {error.explain()}") from error
             built = self._build("cpu", None)
             warn(f"installing without CUDA kernels: {error} (LPAF_CUDA=required shows why)")
             return built

@@ -45,9 +45,7 @@ def build_info() -> dict:
         from . import _native
     except ImportError as error:
         info["build"] = None
-        info["build_missing"] = (
-            f"{error}; reinstall lpaf-kernels where a C++20 compiler is installed to build it"
-        )
+        info["build_missing"] = f"{error}; reinstall lpaf-kernels where a C++20 compiler is installed to build it"
     else:
         info["build"] = dict(_native.build_info())
     return info

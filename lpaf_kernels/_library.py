@@ -18,14 +18,11 @@ NAMESPACE = "lpaf_kernels"
 DISABLE_NATIVE = "LPAF_KERNELS_DISABLE_NATIVE"
 
 SCHEMAS = (
-    "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights)"
-    " -> (Tensor value, Tensor tie_index)",
-    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias)"
-    " -> Tensor",
+    "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights) -> (Tensor value, Tensor tie_index)",
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias) -> Tensor",
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor value,"
     " Tensor tie_index, bool[4] needs) -> (Tensor d_x, Tensor d_weight, Tensor d_scores, Tensor d_bias)",
-    "masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index, ScalarType dtype)"
-    " -> Tensor",
+    "masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index, ScalarType dtype) -> Tensor",
     "masked_linear_grads(Tensor grad_weight, Tensor weight, Tensor scores, Tensor value, Tensor tie_index)"
     " -> (Tensor d_weight, Tensor d_scores)",
     "lowrank_sparse_linear(Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor? bias, str activation,"

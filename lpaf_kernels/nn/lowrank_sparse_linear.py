@@ -50,9 +50,7 @@ class LowRankSparseLinear(nn.Module):
             _check_integer(name, value, 1, None)
         _check_integer("rank", rank, 0, min(in_features, out_features))
         if activation is not None and activation not in ACTIVATIONS[1:]:
-            raise ValueError(
-                f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}"
-            )
+            raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
         if isinstance(kept, Tensor):
             check_kept(kept, out_features)
             positions = kept.to(device=device, dtype=torch.int32)
@@ -63,9 +61,7 @@ class LowRankSparseLinear(nn.Module):
         self.out_features = out_features
         self.rank = rank
         self.activation = activation
-        self.down = nn.Parameter(
-            torch.empty(rank + positions.shape[0], in_features, device=device, dtype=dtype)
-        )
+        self.down = nn.Parameter(torch.empty(rank + positions.shape[0], in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(rank, out_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("kept", positions)
@@ -107,9 +103,7 @@ class LowRankSparseLinear(nn.Module):
         check_floating("a", a)
         check_floating("b", b)
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-            raise ValueError(
-                f"a, b: expected shapes [out, r] and [r, in], got {list(a.shape)} and {list(b.shape)}"
-            )
+            raise ValueError(f"a, b: expected shapes [out, r] and [r, in], got {list(a.shape)} and {list(b.shape)}")
         if bias is not None:
             check_floating("bias", bias)
             check_shape("bias", bias, a.shape[0], because="the rows of a")

@@ -30,9 +30,7 @@ class MixedRankLinear(nn.Module):
             size 1 in dim 0 is shared by all passes (DeBERTa's relative positions) and takes the first path.
     """
 
-    def __init__(
-        self, lowrank: LowRankSparseLinear, sparse_weight: Tensor, train_sparse: bool = False
-    ) -> None:
+    def __init__(self, lowrank: LowRankSparseLinear, sparse_weight: Tensor, train_sparse: bool = False) -> None:
         super().__init__()
         if not isinstance(lowrank, LowRankSparseLinear):
             raise TypeError(f"lowrank: expected a LowRankSparseLinear, got {type(lowrank).__name__}")

@@ -66,8 +66,7 @@ def swap_linears(
         chosen = [name for name in linears if name in wanted]
     if not chosen:
         raise ValueError(
-            f"names: expected at least one nn.Linear that rank {rank} makes smaller, found none among"
-            f" {len(linears)}"
+            f"names: expected at least one nn.Linear that rank {rank} makes smaller, found none among {len(linears)}"
         )
     made: dict[int, LowRankSparseLinear] = {}
     for name in chosen:

@@ -141,21 +141,15 @@ def _check_scores(tensors: list[Tensor]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"scores[{i}]: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"scores[{i}]: expected float32, float16, bfloat16 or float64, got {tensor.dtype}"
-            )
+            raise TypeError(f"scores[{i}]: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
         if tensor.dtype != tensors[0].dtype:
-            raise TypeError(
-                f"scores[{i}]: expected {tensors[0].dtype} (that of scores[0]), got {tensor.dtype}"
-            )
+            raise TypeError(f"scores[{i}]: expected {tensors[0].dtype} (that of scores[0]), got {tensor.dtype}")
         check_device(f"scores[{i}]", tensor, tensors[0], "scores[0]")
 
 
 def _check_weights(counts: list[Tensor], tensors: list[Tensor]) -> None:
     if len(counts) != len(tensors):
-        raise ValueError(
-            f"weights: expected {len(tensors)} tensors (one per tensor of scores), got {len(counts)}"
-        )
+        raise ValueError(f"weights: expected {len(tensors)} tensors (one per tensor of scores), got {len(counts)}")
     for i, (count, tensor) in enumerate(zip(counts, tensors, strict=True)):
         if not isinstance(count, Tensor):
             raise TypeError(f"weights[{i}]: expected a torch.Tensor, got {type(count).__name__}")
@@ -174,9 +168,7 @@ def _select(scores: Tensor, keep: float, weights: Tensor | None) -> tuple[Tensor
     total = scores.numel()
     dtype, device = _value_dtype(scores), scores.device
     if total == 0:
-        return torch.full((), math.inf, dtype=dtype, device=device), torch.zeros(
-            (), dtype=torch.int64, device=device
-        )
+        return torch.full((), math.inf, dtype=dtype, device=device), torch.zeros((), dtype=torch.int64, device=device)
     # Adding 0.0 turns -0.0 into 0.0, which a radix sort would tell apart.
     ranked, order = torch.sort(scores.to(dtype) + 0.0, descending=True, stable=True)
     if weights is None:
@@ -232,6 +224,4 @@ def _backward(ctx, *grads):
 
 register_fallback("keep_threshold", _keep_threshold)
 torch.library.register_fake("lpaf_kernels::keep_threshold", _keep_threshold_fake, lib=library)
-torch.library.register_autograd(
-    "lpaf_kernels::keep_threshold", _backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd("lpaf_kernels::keep_threshold", _backward, setup_context=_setup_context, lib=library)

@@ -90,9 +90,7 @@ def packed_lowrank_sparse_linear(
     if up.dim() != 2:
         raise ValueError(f"up: expected shape [r, out], got {list(up.shape)}")
     if x.dim() == 0 or x.shape[-1] != down.shape[1]:
-        raise ValueError(
-            f"x: expected last dimension {down.shape[1]} (that of down), got shape {list(x.shape)}"
-        )
+        raise ValueError(f"x: expected last dimension {down.shape[1]} (that of down), got shape {list(x.shape)}")
     columns = 0
     if kept is not None:
         check_kept_type(kept)
@@ -124,9 +122,7 @@ def packed_lowrank_sparse_linear(
     if activation is None:
         activation = "none"
     elif activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}"
-        )
+        raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
     if direct:
         # Nothing to record or trace: the same kernel without the dispatcher's Python round trip.
         return _forward(x, down, up, kept, bias, activation)[0]
@@ -175,9 +171,7 @@ def check_kept(kept: Tensor, out_features: int) -> None:
     if kept.is_meta or kept.numel() == 0:
         return
     if int(kept.min()) < 0 or int(kept.max()) >= out_features:
-        raise ValueError(
-            f"kept: expected positions in [0, {out_features}), got {int(kept.min())} to {int(kept.max())}"
-        )
+        raise ValueError(f"kept: expected positions in [0, {out_features}), got {int(kept.min())} to {int(kept.max())}")
     if not bool((kept[1:] > kept[:-1]).all()):
         raise ValueError("kept: expected sorted unique positions, got repeated or unsorted ones")
 

@@ -41,9 +41,7 @@ def masked_linear(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x: expected last dimension {weight.shape[1]} (that of weight), got shape {list(x.shape)}"
-        )
+        raise ValueError(f"x: expected last dimension {weight.shape[1]} (that of weight), got shape {list(x.shape)}")
     check_shape("scores", scores, *weight.shape, because="that of weight")
     check_device("weight", weight, x)
     check_device("scores", scores, x)
@@ -79,9 +77,7 @@ def _threshold(threshold: KeepThreshold | float, scores: Tensor) -> tuple[Tensor
     return threshold.value.to(dtype), threshold.tie_index
 
 
-def _masked_weight(
-    weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _masked_weight(weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, dtype: torch.dtype) -> Tensor:
     # where, not a product: a pruned entry is +0.0 whatever the sign (or NaN) of its weight.
     return torch.where(threshold_mask(scores, value, tie_index), weight.to(dtype), 0.0)
 
@@ -110,9 +106,7 @@ def _is_native(*dtypes: torch.dtype) -> bool:
     return torch.float64 not in dtypes or set(dtypes) == {torch.float64}
 
 
-def _effective_weight(
-    weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _effective_weight(weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, dtype: torch.dtype) -> Tensor:
     if _is_native(weight.dtype, scores.dtype, dtype):
         return torch.ops.lpaf_kernels.masked_linear_weight(weight, scores, value, tie_index, dtype)
     return _masked_weight(weight, scores, value, tie_index, dtype)
@@ -193,7 +187,5 @@ for _name, _kernel, _fake in (
 ):
     register_fallback(_name, _kernel)
     torch.library.register_fake(f"lpaf_kernels::{_name}", _fake, lib=library)
-torch.library.register_autograd(
-    "lpaf_kernels::masked_linear", _backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd("lpaf_kernels::masked_linear", _backward, setup_context=_setup_context, lib=library)
 register_autocast("masked_linear", _cast)

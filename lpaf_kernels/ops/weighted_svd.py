@@ -73,9 +73,7 @@ def weighted_svd(
     return a, b
 
 
-def weighted_svd_reference(
-    weight: Tensor, rank: int, row_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def weighted_svd_reference(weight: Tensor, rank: int, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same through LAPACK's SVD of D W in float64; the public truth (signs of the factors may differ)."""
     d = _floored(weight, row_weights)
     u, s, vh = torch.linalg.svd(d * weight.double(), full_matrices=False)
@@ -168,6 +166,4 @@ def _backward(ctx, grad_a, grad_b):
 
 register_fallback("weighted_svd", _weighted_svd)
 torch.library.register_fake("lpaf_kernels::weighted_svd", _weighted_svd_fake, lib=library)
-torch.library.register_autograd(
-    "lpaf_kernels::weighted_svd", _backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd("lpaf_kernels::weighted_svd", _backward, setup_context=_setup_context, lib=library)

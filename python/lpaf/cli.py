@@ -150,7 +150,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=_numbers, default=[128], metavar="N,N", help="sequence lengths (default: 128)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds per cell")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of both models")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of both models"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

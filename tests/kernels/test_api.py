@@ -84,15 +84,11 @@ def test_import_needs_only_torch():
 
 
 def test_native_can_be_disabled():
-    out = run_python(
-        "import lpaf_kernels; print(lpaf_kernels.build_info()['native'])", LPAF_KERNELS_DISABLE_NATIVE="1"
-    )
+    out = run_python("import lpaf_kernels; print(lpaf_kernels.build_info()['native'])", LPAF_KERNELS_DISABLE_NATIVE="1")
     assert out.count("LPAF_KERNELS_DISABLE_NATIVE=1") == 2
 
 
-@pytest.mark.skipif(
-    _library.NATIVE["cpu"] != "loaded", reason="the fallbacks are what the other tests already run"
-)
+@pytest.mark.skipif(_library.NATIVE["cpu"] != "loaded", reason="the fallbacks are what the other tests already run")
 def test_fallbacks_pass_the_same_tests():
     files = [str(Path(__file__).with_name(f"test_{stem}.py")) for stem in ("keep_threshold", "masked_linear")]
     out = run_python(

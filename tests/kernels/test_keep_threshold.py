@@ -71,9 +71,7 @@ entries = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, 1e-40
 
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.lists(
-        st.lists(st.tuples(entries, st.integers(1, 2000)), min_size=1, max_size=30), min_size=1, max_size=3
-    ),
+    rows=st.lists(st.lists(st.tuples(entries, st.integers(1, 2000)), min_size=1, max_size=30), min_size=1, max_size=3),
     keep=st.floats(0, 1),
     scope=st.sampled_from(["matrix", "global"]),
     weighted=st.booleans(),

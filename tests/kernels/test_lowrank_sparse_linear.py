@@ -78,14 +78,10 @@ def test_forward_and_backward(case, dtype, assert_accurate):
             leaves = [x, down, up, *rest]
             return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
 
-        for result, by_hand, exact in zip(
-            actual, differentiate(dtype), differentiate(torch.float64), strict=True
-        ):
+        for result, by_hand, exact in zip(actual, differentiate(dtype), differentiate(torch.float64), strict=True):
             assert_accurate(result, by_hand, exact)
         with torch.no_grad():
-            torch.testing.assert_close(
-                packed_lowrank_sparse_linear(x, down, up, kept, bias, activation), y.detach()
-            )
+            torch.testing.assert_close(packed_lowrank_sparse_linear(x, down, up, kept, bias, activation), y.detach())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -226,9 +222,7 @@ def test_compiles_with_inductor():
 @pytest.mark.parametrize("keep", [0.0, 0.3])
 def test_exports(keep):
     layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, keep)
-    program = torch.export.export(
-        layer, (torch.randn(4, 7),), dynamic_shapes=({0: torch.export.Dim("rows")},)
-    )
+    program = torch.export.export(layer, (torch.randn(4, 7),), dynamic_shapes=({0: torch.export.Dim("rows")},))
     x = torch.randn(9, 7)
     assert torch.equal(program.module()(x), layer(x))
     buffer = io.BytesIO()
@@ -278,9 +272,7 @@ def test_bad_input(change, error, text):
 )
 def test_bad_factors(change, text):
     with pytest.raises(ValueError, match=text):
-        lowrank_sparse_linear(
-            **{"x": torch.ones(5, 7), "u": torch.ones(7, 3), "v": torch.ones(3, 6), **change}
-        )
+        lowrank_sparse_linear(**{"x": torch.ones(5, 7), "u": torch.ones(7, 3), "v": torch.ones(3, 6), **change})
 
 
 class TestModule:

@@ -74,9 +74,7 @@ def test_gradcheck():
 def test_partial_gradients(needs):
     x, weight, scores, _ = make()
     expected = torch.autograd.grad(masked_linear(x, weight, scores, 0.0).square().sum(), [x, weight, scores])
-    leaves = [
-        tensor.detach().requires_grad_(need) for tensor, need in zip((x, weight, scores), needs, strict=True)
-    ]
+    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((x, weight, scores), needs, strict=True)]
     masked_linear(*leaves, 0.0).square().sum().backward()
     for leaf, need, gradient in zip(leaves, needs, expected, strict=True):
         assert (leaf.grad is not None) == need
@@ -123,9 +121,7 @@ def test_saves_neither_mask_nor_masked_weight():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         masked_linear(x, weight, scores, threshold, bias)
-    known = {
-        t.untyped_storage().data_ptr() for t in (x, weight, scores, threshold.value, threshold.tie_index)
-    }
+    known = {t.untyped_storage().data_ptr() for t in (x, weight, scores, threshold.value, threshold.tie_index)}
     assert {t.untyped_storage().data_ptr() for t in saved} <= known
 
 
@@ -169,9 +165,7 @@ def test_opcheck(dtype, bias):
     plain = [tensor.detach() for tensor in (torch.randn(5, 6).to(dtype), x, weight, scores, value, tie_index)]
     for needs in ([True] * 4, [False, True, False, False], [True, False, False, True]):
         torch.library.opcheck(ops.masked_linear_backward, (*plain, needs))
-    torch.library.opcheck(
-        ops.masked_linear_weight, (*plain[2:], torch.float32 if dtype != torch.float64 else dtype)
-    )
+    torch.library.opcheck(ops.masked_linear_weight, (*plain[2:], torch.float32 if dtype != torch.float64 else dtype))
     torch.library.opcheck(ops.masked_linear_grads, (torch.randn(6, 7).to(dtype), *plain[2:]))
 
 
@@ -191,9 +185,7 @@ def test_compiles_whole_without_recompilation():
 def test_exports():
     layer = MaskedLinear(7, 6)
     layer.set_threshold(keep_threshold(nn.init.normal_(layer.scores).detach(), 0.5))
-    program = torch.export.export(
-        layer, (torch.randn(4, 7),), dynamic_shapes=({0: torch.export.Dim("rows")},)
-    )
+    program = torch.export.export(layer, (torch.randn(4, 7),), dynamic_shapes=({0: torch.export.Dim("rows")},))
     x = torch.randn(9, 7)
     assert torch.equal(program.module()(x), layer(x))
 

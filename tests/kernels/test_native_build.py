@@ -292,15 +292,11 @@ def test_native_build_from_a_copy(source_tree):
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_only_the_stable_interface_of_torch_is_used(name):
     path = library(name)
-    done = subprocess.run(
-        [program("nm"), "-D", "--undefined-only", path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([program("nm"), "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1].partition("@")[0] for line in done.stdout.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     unstable = [symbol for symbol in symbols if re.match(r"_ZN?K?S?t?\d*(at|c10|torch|caffe2)", symbol)]
-    unstable += [
-        symbol for symbol in symbols if "torch" in symbol and not re.match(r"(aoti_)?torch_", symbol)
-    ]
+    unstable += [symbol for symbol in symbols if "torch" in symbol and not re.match(r"(aoti_)?torch_", symbol)]
     assert unstable == []
 
 

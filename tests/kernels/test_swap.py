@@ -13,9 +13,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(30, 16)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
         self.classifier = nn.Linear(16, 2)
         self.decoder = nn.Linear(16, 30, bias=False)
         self.decoder.weight = self.embedding.weight

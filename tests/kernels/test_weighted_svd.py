@@ -139,9 +139,7 @@ def test_gradcheck(shape):
 
 
 def test_gradient_of_the_product_with_equal_singular_values():
-    weight = with_spectrum(
-        6, 5, torch.tensor([2.0, 2.0, 1.0, 0.5, 0.25], dtype=torch.float64)
-    ).requires_grad_()
+    weight = with_spectrum(6, 5, torch.tensor([2.0, 2.0, 1.0, 0.5, 0.25], dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: torch.matmul(*weighted_svd(w, 2)), (weight,), atol=1e-4)
 
 

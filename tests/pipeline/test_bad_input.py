@@ -10,15 +10,15 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import lpaf
 import pytest
 import torch
-from tiny import sentences, write_model, write_rows
-from transformers import AutoModelForSequenceClassification
-
-import lpaf
 from lpaf.cli import main
 from lpaf.models.checkpoint import load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
+from tiny import sentences, write_model, write_rows
+from transformers import AutoModelForSequenceClassification
+
 from lpaf_kernels import swap_linears
 
 
@@ -111,7 +111,7 @@ def test_cuda_without_a_gpu_is_refused(base, capsys, tmp_path):
     nothing_written(tmp_path)
 
 
-# models -----------------------------------------------------------------------------------------------------------------
+# models -------------------------------------------------------------------------------------------------------------
 
 
 def without_weights(directory: Path) -> None:
@@ -181,7 +181,7 @@ def test_fine_tuning_cannot_be_skipped_without_a_head(base, capsys, tmp_path):
     nothing_written(tmp_path)
 
 
-# data -------------------------------------------------------------------------------------------------------------------
+# data ---------------------------------------------------------------------------------------------------------------
 
 GOOD_ROWS = sentences(8, seed=3)
 DATA_CASES = {
@@ -227,11 +227,32 @@ def test_labels_outside_the_models_classes_are_refused(tiny_model, tmp_path, cap
     load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "two")
     rows = [row | {"label": index % 3} for index, row in enumerate(GOOD_ROWS)]
     write_rows(tmp_path / "data" / "validation.jsonl", rows)
-    arguments = ["evaluate", "--model", tmp_path / "two", "--task", "text-classification", "--data-dir", tmp_path / "data"]
+    arguments = [
+        "evaluate",
+        "--model",
+        tmp_path / "two",
+        "--task",
+        "text-classification",
+        "--data-dir",
+        tmp_path / "data",
+    ]
     refused(capsys, [str(word) for word in arguments], "class")
 
 
-# output -----------------------------------------------------------------------------------------------------------------
+def test_head_for_other_labels_is_refused(base, tiny_model, tmp_path, capsys):
+    dense = AutoModelForSequenceClassification.from_pretrained(tiny_model, id2label={0: "red", 1: "green", 2: "blue"})
+    dense.save_pretrained(tmp_path / "three")
+    load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "three")
+    rows = [row | {"label": "sour" if row["label"] else "sweet"} for row in GOOD_ROWS]
+    for name in ("train", "validation"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
+    options = base | {"--model": tmp_path / "three", "--data-dir": tmp_path / "data"}
+    del options["--finetune-epochs"]
+    refused(capsys, ["compress", *words(options)], "sour", "red", "--finetune-epochs")
+    nothing_written(tmp_path, {"three", "data"})
+
+
+# output -------------------------------------------------------------------------------------------------------------
 
 
 def test_output_in_use_is_refused(base, capsys, tmp_path):
@@ -273,7 +294,9 @@ def test_disk_that_fills_up_during_the_run_can_be_resumed(base, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    script = "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lpaf.cli import main; sys.exit(main())"
+    script = (
+        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from lpaf.cli import main; sys.exit(main())"
+    )
     command = [sys.executable, "-c", script, "compress", *words(base)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=limit, env=environment)
     assert run.returncode == 2, run.stderr
@@ -285,7 +308,7 @@ def test_disk_that_fills_up_during_the_run_can_be_resumed(base, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-# divergence -------------------------------------------------------------------------------------------------------------
+# divergence ---------------------------------------------------------------------------------------------------------
 
 
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(base, capsys, tmp_path, monkeypatch):
@@ -310,7 +333,7 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(base, capsys, tmp_path, mo
     assert main(["compress", *words(base), "--resume"]) == 0
 
 
-# Python and the other commands ------------------------------------------------------------------------------------------
+# Python and the other commands --------------------------------------------------------------------------------------
 
 
 def test_python_raises_value_error_with_the_same_text(tiny_options):

@@ -10,18 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import lpaf
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import sentences, write_model, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-import lpaf
 from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate.evaluate import evaluate_directory
 from lpaf.recipes.compress import Compression, compress, prepare
 from lpaf.recipes.options import CompressOptions
+from safetensors.torch import load_file
+from tiny import sentences, write_model, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 LEARN = {"finetune_lr": 5e-3, "prune_lr": 2e-3, "retrain_lr": 5e-3, "finetune_epochs": 12, "retrain_epochs": 4}
 
@@ -83,7 +82,9 @@ def test_the_tiny_task_is_learnt(finished):
 def test_pruning_leaves_the_share_asked_for(finished):
     for entry in finished[1]["rank"]["per_matrix"].values():
         rows, columns = entry["shape"]
-        assert entry["kept_share"] * rows * columns == pytest.approx(finished[1]["config"]["keep"] * rows * columns, abs=1)
+        assert entry["kept_share"] * rows * columns == pytest.approx(
+            finished[1]["config"]["keep"] * rows * columns, abs=1
+        )
 
 
 def test_history_follows_the_schedules(finished):
@@ -121,7 +122,9 @@ def test_evaluate_repeats_the_reports_metric(finished, tiny_data, tmp_path):
 
 def test_saved_dense_model_scores_as_reported(finished, tiny_data):
     _, report, output = finished
-    result = evaluate_directory(str(output.parent / "dense"), "text-classification", data_dir=str(tiny_data), max_length=16)
+    result = evaluate_directory(
+        str(output.parent / "dense"), "text-classification", data_dir=str(tiny_data), max_length=16
+    )
     assert result["metrics"] == report["metric"]["details"]["dense"]
 
 
@@ -129,6 +132,24 @@ def test_fine_tuned_model_needs_no_fine_tuning(finished, tiny_options):
     options = CompressOptions(**tiny_options | {"model": str(finished[2].parent / "dense"), "finetune_epochs": None})
     prepared = prepare(options)
     assert prepared.finetune_epochs == 0
+
+
+def test_labels_follow_the_order_of_a_trained_head(finished, tiny_options, tiny_data, tmp_path):
+    """A head whose classes stand in another order than the data's must not be taken for a bad model."""
+    dense = AutoModelForSequenceClassification.from_pretrained(finished[2].parent / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(finished[2].parent / "dense")
+    head = dense.classifier
+    head.weight.data, head.bias.data = head.weight.data.flip(0), head.bias.data.flip(0)
+    dense.config.id2label, dense.config.label2id = {0: "1", 1: "0"}, {"1": 0, "0": 1}
+    dense.save_pretrained(tmp_path / "flipped")
+    tokenizer.save_pretrained(tmp_path / "flipped")
+    options = tiny_options | {"model": str(tmp_path / "flipped"), "finetune_epochs": None}
+    _, report = compress(CompressOptions(**options), command="")
+    assert report["metric"]["dense"] == finished[1]["metric"]["dense"]
+    result = evaluate_directory(
+        str(tmp_path / "flipped"), "text-classification", data_dir=str(tiny_data), max_length=16
+    )
+    assert result["metrics"]["validation"]["accuracy"] == finished[1]["metric"]["dense"]
 
 
 def test_svd_trains_as_many_updates_as_lpaf(tiny_options):
@@ -192,7 +213,7 @@ def test_controls_are_measured_and_not_saved(tiny_options):
     assert {entry["rank"] for entry in saved["quantization_config"]["modules"].values()} == {4}
 
 
-# resuming ---------------------------------------------------------------------------------------------------------------
+# resuming -----------------------------------------------------------------------------------------------------------
 
 
 def command_line(options: dict) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-
 from lpaf.errors import InputError
 from lpaf.models.count import (
     break_even_rank,
@@ -16,6 +15,7 @@ from lpaf.models.count import (
     ratio_for_rank,
     resolve_rank,
 )
+
 from lpaf_kernels import swap_linears
 
 
@@ -54,7 +54,12 @@ def test_counts_of_a_compressed_model_are_those_of_its_tensors():
 
 def test_shared_layers_count_as_often_as_they_run():
     config = transformers.AlbertConfig(
-        vocab_size=40, embedding_size=16, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64
+        vocab_size=40,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=64,
     )
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     once = encoder_params(model)

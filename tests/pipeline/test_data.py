@@ -107,9 +107,7 @@ def test_registry_covers_glue_and_own_data():
 
 
 def test_unknown_task_lists_the_known():
-    with pytest.raises(
-        InputError, match=r"--task sst3: no such task; choose one of cola, sst2, .*docstrings"
-    ):
+    with pytest.raises(InputError, match=r"--task sst3: no such task; choose one of cola, sst2, .*docstrings"):
         get_task("sst3")
 
 
@@ -141,9 +139,7 @@ def test_specification_is_validated(change, message):
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
 def test_every_kind_of_file_gives_the_same_data(tmp_path, suffix):
     # Texts that a type-guessing reader would turn into null, a number or a date.
-    rows = [
-        {"text": text, "label": label} for text, label in [("NA", "b"), ("007", "a"), ("2020-01-01, ok", "b")]
-    ]
+    rows = [{"text": text, "label": label} for text, label in [("NA", "b"), ("007", "a"), ("2020-01-01, ok", "b")]]
     train = write(tmp_path / f"x{suffix}", rows)
     data = load_task("text-classification", train_file=train, validation_file=train)
     assert data.labels == ("a", "b")
@@ -430,9 +426,7 @@ def test_evaluation_needs_no_training_file(tmp_path):
 )
 def test_check_labels_uses_the_models_order(tmp_path, labels, names, indices):
     write(tmp_path / "validation.jsonl", [{"text": "a", "label": label} for label in labels])
-    data = check_labels(
-        load_task("text-classification", data_dir=tmp_path, evaluation_only=True), config(*names)
-    )
+    data = check_labels(load_task("text-classification", data_dir=tmp_path, evaluation_only=True), config(*names))
     assert data.validation["validation"]["label"][:] == indices
     assert data.labels == names
     assert data.train is None

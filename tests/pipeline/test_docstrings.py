@@ -74,9 +74,7 @@ def test_nothing_gives_the_package_away(data):
 def test_the_run_seed_does_not_move_examples_between_the_splits(data, monkeypatch):
     """Whatever seed a model was trained with, `lpaf evaluate` must use examples that it has not seen."""
     calls = []
-    monkeypatch.setattr(
-        docstrings, "build_docstrings", lambda *given, **named: calls.append((given, named)) or data
-    )
+    monkeypatch.setattr(docstrings, "build_docstrings", lambda *given, **named: calls.append((given, named)) or data)
     assert len(load_task("docstrings", seed=5, max_train_samples=100).train) == 100
     assert load_task("docstrings", evaluation_only=True).train is None
     assert calls == [((), {}), ((), {})]
@@ -92,9 +90,7 @@ def test_builds_are_equal_and_seeded():
 
 
 def test_a_files_examples_stay_on_one_side():
-    examples = [
-        docstrings.Docstring("p", f"file{n % 20}.py", f"text number {n} of the file") for n in range(200)
-    ]
+    examples = [docstrings.Docstring("p", f"file{n % 20}.py", f"text number {n} of the file") for n in range(200)]
     train, validation = docstrings._split(examples, 0.2, 0)
     assert {example.source for example in train}.isdisjoint(example.source for example in validation)
     assert len(train) == 160

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
-from tiny import write_model
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
 from lpaf.prune import CubicSchedule, MovementPruner
 from lpaf.prune.movement import masked_linears
+from tiny import write_model
+from torch import nn
 
 
 def test_cubic_schedule_follows_equation_5():
@@ -27,7 +26,7 @@ def test_cubic_schedule_follows_equation_5():
     "options", [{"keep": 0.0}, {"keep": 1.1}, {"keep": 0.5, "steps": 0}, {"keep": 0.5, "warmup": 0.6, "cooldown": 0.4}]
 )
 def test_schedule_refuses_what_cannot_be(options):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"keep|steps|warmup"):
         CubicSchedule(**{"steps": 10, **options})
 
 

@@ -6,16 +6,16 @@ import json
 import subprocess
 import sys
 
+import lpaf
 import pytest
 import torch
+from lpaf.errors import InputError
+from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
+from lpaf.models.targets import encoder_linears
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-import lpaf
-from lpaf.errors import InputError
-from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
-from lpaf.models.targets import encoder_linears
 from lpaf_kernels import LowRankSparseLinear, swap_linears
 
 IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ found = {}
 for directory in sys.argv[3:]:
     for dtype in ("float32", "bfloat16"):
         for place, options in (("plain", {}), ("mapped", {"device_map": "cpu"})):
-            model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
+            model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, **options)
             with torch.no_grad():
                 found[f"{directory} {dtype} {place}"] = model(input_ids=ids).logits
 save_file(found, sys.argv[2])

@@ -40,9 +40,7 @@ KINDS = {
 }
 
 
-def synthetic(
-    pruned: bool = True, model: str = "owner/tiny-bert"
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def synthetic(pruned: bool = True, model: str = "owner/tiny-bert") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A complete report and analysis: pruning removed whole rows, as first-order pruning does."""
     generator = torch.Generator().manual_seed(7)
     per_matrix: dict[str, Any] = {}
@@ -201,9 +199,7 @@ def assert_self_contained(text: str) -> Page:
     ids = [value for _, name, value in found.attributes if name == "id"]
     assert len(ids) == len(set(ids)), "ids of different pictures collide"
     references = set(re.findall(r"url\(#([^)]+)\)", text))
-    references |= {
-        value[1:] for _, name, value in found.attributes if name.endswith("href") and value[0] == "#"
-    }
+    references |= {value[1:] for _, name, value in found.attributes if name.endswith("href") and value[0] == "#"}
     assert references <= set(ids)
     return found
 
@@ -579,9 +575,7 @@ def test_inspect_plain_directory(tmp_path, changes):
     assert found.kind == "dense"
     assert found.report is None
     expected = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layer." in name
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layer." in name
     ]
     assert sorted(found.per_matrix) == sorted(expected)
     assert len(expected) == 12
@@ -590,9 +584,7 @@ def test_inspect_plain_directory(tmp_path, changes):
         assert entry["dense"] == np.linalg.matrix_rank(weight)
         assert entry["shape"] == list(weight.shape)
         values = found.analysis[f"singular_values.dense.{name}"]
-        np.testing.assert_allclose(
-            values.numpy(), np.linalg.svd(weight, compute_uv=False), rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(values.numpy(), np.linalg.svd(weight, compute_uv=False), rtol=1e-4, atol=1e-5)
     last = "bert.encoder.layer.1.output.dense"
     assert found.per_matrix[last]["dense"] == 4
     assert found.per_matrix[last]["kept_share"] == 4 / 32
@@ -726,10 +718,6 @@ def test_numerical_rank_is_numpys():
     weight = torch.randn(30, 5, generator=torch.Generator().manual_seed(3)) @ torch.randn(
         5, 20, generator=torch.Generator().manual_seed(4)
     )
-    assert (
-        numerical_rank(torch.linalg.svdvals(weight), weight.shape)
-        == np.linalg.matrix_rank(weight.numpy())
-        == 5
-    )
+    assert numerical_rank(torch.linalg.svdvals(weight), weight.shape) == np.linalg.matrix_rank(weight.numpy()) == 5
     assert numerical_rank(torch.zeros(4), (4, 4)) == 0
     assert numerical_rank(torch.empty(0), (0, 3)) == 0

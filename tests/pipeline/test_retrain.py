@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from tiny import write_model
 from lpaf.factorize import SVDFactorizer
 from lpaf.models.checkpoint import load_dense
 from lpaf.retrain import MixedRank, Objective
 from lpaf.retrain.batches import LengthGroupedSampler
+from tiny import write_model
+
 from lpaf_kernels import MixedRankLinear, draw_paths
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
-
 from lpaf.errors import InputError
 from lpaf.models.targets import LAYER_LINEARS, encoder_linears, find_targets
+from torch import nn
 
 LAYERS = 2
 SMALL = {
@@ -28,7 +27,13 @@ SPECIAL = {
     "albert": {"embedding_size": 16, "num_hidden_groups": 1},
     "layoutlm": {"max_2d_position_embeddings": 64},
     "electra": {"embedding_size": 16},
-    "modernbert": {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1},
+    "modernbert": {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "global_attn_every_n_layers": 1,
+    },
 }
 
 
@@ -48,7 +53,11 @@ def test_table_names_every_linear_of_every_layer(model_type):
     targets = find_targets(model)
     roles = LAYER_LINEARS[model_type]
     assert {target.role for target in targets} == set(roles), "every role of the table exists in the model"
-    inside = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and any(p.isdigit() for p in name.split("."))]
+    inside = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and any(p.isdigit() for p in name.split("."))
+    ]
     assert sorted(target.name for target in targets) == sorted(inside), "no linear of a layer is left dense"
 
 

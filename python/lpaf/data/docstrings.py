@@ -127,9 +127,7 @@ _MASKED = re.compile(
     )
 )
 _NAMES = re.compile(
-    r"(?<![A-Za-z])(?:"
-    + "|".join(sorted(map(re.escape, _GIVEAWAYS), key=len, reverse=True))
-    + r")(?![A-Za-z])",
+    r"(?<![A-Za-z])(?:" + "|".join(sorted(map(re.escape, _GIVEAWAYS), key=len, reverse=True)) + r")(?![A-Za-z])",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"[*#=<>|\\{}\[\]~^`-]{2,}|[*`]")
@@ -209,9 +207,7 @@ def package_root(package: str) -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"--task docstrings: package {package} is not installed; pip install it, or pass --data-dir"
-        )
+        raise InputError(f"--task docstrings: package {package} is not installed; pip install it, or pass --data-dir")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -286,9 +282,7 @@ def _split(examples: Sequence[Docstring], share: float, seed: int) -> tuple[list
     by_source: dict[tuple[str, str], list[Docstring]] = defaultdict(list)
     for example in examples:
         by_source[example.package, example.source].append(example)
-    room = {
-        package: round(share * n) for package, n in Counter(example.package for example in examples).items()
-    }
+    room = {package: round(share * n) for package, n in Counter(example.package for example in examples).items()}
     for (package, _), group in sorted(by_source.items(), key=lambda item: _order(seed, "split", *item[0])):
         # A file too large for what is left goes to training; a smaller one that comes later fills the rest.
         side = len(group) <= room[package]

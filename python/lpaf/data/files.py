@@ -45,17 +45,13 @@ def read_rows(path: Path, argument: str) -> list[Row]:
     try:
         rows = list(readers[path.suffix.lower()](path, argument))
     except OSError as error:
-        raise InputError(
-            f"{argument} {path}: cannot be read ({error.strerror or error}); check the file"
-        ) from error
+        raise InputError(f"{argument} {path}: cannot be read ({error.strerror or error}); check the file") from error
     if not rows:
         raise InputError(f"{argument} {path}: is empty; pass a file with at least one row")
     return rows
 
 
-def bad_row(
-    argument: str, path: Path, line: int, fault: str, remedy: str = "fix or remove the row"
-) -> InputError:
+def bad_row(argument: str, path: Path, line: int, fault: str, remedy: str = "fix or remove the row") -> InputError:
     """The one-line error for a row."""
     place = "row" if path.suffix.lower() == ".parquet" else "line"
     return InputError(f"{argument} {path}: {place} {line}: {fault}; {remedy}")
@@ -90,9 +86,7 @@ def _csv_rows(path: Path, argument: str) -> Iterator[Row]:
             header = values
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
-                raise bad_row(
-                    argument, path, line, f"column {repeated[0]!r} occurs twice", "rename one of the two"
-                )
+                raise bad_row(argument, path, line, f"column {repeated[0]!r} occurs twice", "rename one of the two")
         elif len(values) != len(header):
             raise bad_row(argument, path, line, f"{len(values)} fields, the header has {len(header)}")
         else:
@@ -172,7 +166,5 @@ def _parquet_rows(path: Path, argument: str) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{argument} {path}: not a readable parquet file ({reason}); write it again"
-        ) from error
+        raise InputError(f"{argument} {path}: not a readable parquet file ({reason}); write it again") from error
     yield from enumerate(table.to_pylist(), start=1)

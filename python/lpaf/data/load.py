@@ -147,8 +147,7 @@ def check_labels(data: TaskData, config: Any) -> TaskData:
     if data.labels == names:
         return data
     splits = {
-        name: split and _relabel(split, mapping)
-        for name, split in {"train": data.train, **data.validation}.items()
+        name: split and _relabel(split, mapping) for name, split in {"train": data.train, **data.validation}.items()
     }
     return make_task_data(data.spec, splits.pop("train"), splits, names)
 
@@ -208,14 +207,10 @@ def tokenize(
     if max_length < _MIN_LENGTH:
         raise InputError(f"--max-length {max_length}: pass a number of at least {_MIN_LENGTH}")
     if labels is not None and not set(dataset.unique("label")) <= set(range(len(labels))):
-        raise ValueError(
-            f"labels={tuple(labels)!r}: the dataset has other labels: {sorted(dataset.unique('label'))}"
-        )
+        raise ValueError(f"labels={tuple(labels)!r}: the dataset has other labels: {sorted(dataset.unique('label'))}")
     columns = next(choice for choice in spec.text_columns if set(choice) <= set(dataset.column_names))
     limit = min(max_length, tokenizer.model_max_length)
-    features = Features(
-        {"labels": Value("float32" if spec.is_regression else "int64"), "length": Value("int64")}
-    )
+    features = Features({"labels": Value("float32" if spec.is_regression else "int64"), "length": Value("int64")})
     chunks = []
     starts = range(0, len(dataset), _TOKENIZE_CHUNK)
     for start in tqdm(starts, desc=description, unit="chunk", delay=2, leave=False, disable=None):
@@ -305,9 +300,7 @@ def _paths(
             raise InputError(f"{option}: not together with --data-dir; pass one of them")
         directory = Path(data_dir)
         train = None if evaluation_only else _Source(_one_of(directory, ("train",)), "--data-dir")
-        return train, {
-            name: _Source(path, "--data-dir") for name, path in _validation_paths(spec, directory).items()
-        }
+        return train, {name: _Source(path, "--data-dir") for name, path in _validation_paths(spec, directory).items()}
     if validation_file is None:
         raise InputError("--train-file: needs --validation-file as well; pass both")
     if train_file is None and not evaluation_only:
@@ -343,9 +336,7 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
 def _one_of(directory: Path, stems: Sequence[str]) -> Path:
     """The one data file in ``directory`` with one of the stems."""
     if not directory.is_dir():
-        raise InputError(
-            f"--data-dir {directory}: no such directory; pass a folder with train and validation files"
-        )
+        raise InputError(f"--data-dir {directory}: no such directory; pass a folder with train and validation files")
     found = [directory / (stem + suffix) for stem in stems for suffix in SUFFIXES]
     found = [path for path in found if path.is_file()]
     if not found:
@@ -383,9 +374,7 @@ def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source) -> tuple[str
     else:
         missing = next(name for name in spec.text_columns[0] if name not in first)
         wanted = ", or ".join(" and ".join(choice) for choice in spec.text_columns)
-        raise InputError(
-            f"{where} {missing!r} (it has {_listed(list(first))}); task {spec.name} needs {wanted}"
-        )
+        raise InputError(f"{where} {missing!r} (it has {_listed(list(first))}); task {spec.name} needs {wanted}")
     if spec.label_column not in first:
         raise InputError(f"{where} {spec.label_column!r} (it has {_listed(list(first))}); add or rename it")
     return choice

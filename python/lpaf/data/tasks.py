@@ -50,14 +50,10 @@ class TaskSpec:
         if self.problem not in (CLASSIFICATION, REGRESSION):
             raise ValueError(f"problem={self.problem!r}: expected {CLASSIFICATION!r} or {REGRESSION!r}")
         if not self.text_columns or any(len(choice) not in (1, 2) for choice in self.text_columns):
-            raise ValueError(
-                f"text_columns={self.text_columns!r}: expected choices of one or two column names"
-            )
+            raise ValueError(f"text_columns={self.text_columns!r}: expected choices of one or two column names")
         unknown = sorted(set(self.metrics) - set(METRICS))
         if unknown:
-            raise ValueError(
-                f"metrics={self.metrics!r}: unknown {unknown[0]!r}; expected names out of {METRICS}"
-            )
+            raise ValueError(f"metrics={self.metrics!r}: unknown {unknown[0]!r}; expected names out of {METRICS}")
         if self.main_metric not in self.metrics:
             raise ValueError(f"main_metric={self.main_metric!r}: expected one of metrics={self.metrics!r}")
         if not self.validation_splits:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import load_task, tokenize
-from ..data.load import check_labels
+from ..data import check_labels, load_task, tokenize
 from ..models.checkpoint import load_classifier, load_tokenizer
 from ..models.device import resolve_device
 from .metrics import compute_metrics
@@ -42,7 +41,7 @@ def evaluate_directory(
     target = resolve_device(device)
     classifier = load_classifier(model)
     tokenizer = load_tokenizer(model)
-    check_labels(data, classifier.config)
+    data = check_labels(data, classifier.config)
     classifier.to(target)
     metrics, lines = {}, []
     for name, split in data.validation.items():

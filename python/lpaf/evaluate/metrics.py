@@ -34,9 +34,7 @@ def predictions_of(spec: TaskSpec, outputs: ArrayLike) -> np.ndarray:
     if array.ndim == 2 and array.shape[1] > 1:
         array = array.argmax(axis=1)
     if array.ndim != 1:
-        raise ValueError(
-            f"outputs has shape {array.shape}: expected logits [B, C] or classes [B] for task {spec.name}"
-        )
+        raise ValueError(f"outputs has shape {array.shape}: expected logits [B, C] or classes [B] for task {spec.name}")
     return array.astype(np.int64)
 
 
@@ -55,9 +53,7 @@ def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> di
     """
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
     if truth.shape != predictions.shape or truth.size == 0:
-        raise ValueError(
-            f"labels has shape {truth.shape}: expected {predictions.shape}, one per output, at least one"
-        )
+        raise ValueError(f"labels has shape {truth.shape}: expected {predictions.shape}, one per output, at least one")
     if np.isnan(np.asarray(outputs, dtype=np.float64)).any():
         raise ValueError("outputs contains NaN: expected finite numbers")
     binary = spec.labels is not None and len(spec.labels) == 2

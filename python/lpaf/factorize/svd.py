@@ -26,8 +26,9 @@ class Factorized:
 def score_row_weights(scores: torch.Tensor, root: bool = True) -> torch.Tensor:
     """Row weights d [n] from a matrix's scores [n, m].
 
-    With s the row sums, d = sqrt(s - min(s) + 1e-3 (max(s) - min(s))), the weighting of Eq. 7; ``root=False`` leaves the
-    root out, as Eq. 9 is printed. All rows equal: d = 1. d is scaled to maximum 1, which changes nothing in the solution.
+    With s the row sums, d = sqrt(s - min(s) + 1e-3 (max(s) - min(s))), the weighting of Eq. 7; ``root=False`` leaves
+    the root out, as Eq. 9 is printed. All rows equal: d = 1. d is scaled to maximum 1, which changes nothing in the
+    solution.
     """
     sums = scores.double().sum(dim=1)
     spread = sums.max() - sums.min()
@@ -44,7 +45,8 @@ def mask_row_weights(weight: torch.Tensor, root: bool = True) -> torch.Tensor:
 
 
 def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with equal norms of each column of a [n, r] and row of b [r, m], so that both train at one rate."""
+    """The same product with equal norms of each column of a [n, r] and row of b [r, m], so that both train at one
+    rate."""
     tiny = torch.finfo(a.dtype).tiny
     scale = (b.norm(dim=1).clamp_min(tiny) / a.norm(dim=0).clamp_min(tiny)).sqrt()
     scale = torch.where((a.norm(dim=0) > 0) & (b.norm(dim=1) > 0), scale, torch.ones_like(scale))

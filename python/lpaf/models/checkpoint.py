@@ -1,7 +1,7 @@
 """Find, check, load and save model directories.
 
-A directory is checked before transformers sees it, so that a missing or truncated weight file is one clear line and not a
-model with random weights.
+A directory is checked before transformers sees it, so that a missing or truncated weight file is one clear line and
+not a model with random weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def check_directory(path: Path, flag: str = "--model") -> None:
     elif any(path.glob("pytorch_model*.bin")):
         return
     else:
-        raise InputError(f"{flag} {path}: no weights (model.safetensors); the directory is incomplete, save the model again")
+        raise InputError(
+            f"{flag} {path}: no weights (model.safetensors); the directory is incomplete, save the model again"
+        )
     for shard in shards:
         try:
             with safe_open(path / shard, framework="pt") as file:
@@ -121,7 +123,9 @@ def load_tokenizer(model: str, flag: str = "--model") -> Any:
         return AutoTokenizer.from_pretrained(resolve_model(model))
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{flag} {model}: no usable tokenizer ({reason}); copy the tokenizer files beside it") from None
+        raise InputError(
+            f"{flag} {model}: no usable tokenizer ({reason}); copy the tokenizer files beside it"
+        ) from None
 
 
 def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[PreTrainedModel, bool]:
@@ -158,7 +162,9 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
         raise InputError(f"--model {model}: cannot be loaded as a sequence classifier ({reason})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    body = {key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.") and "pooler" not in key}
+    body = {
+        key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.") and "pooler" not in key
+    }
     if body:
         raise InputError(
             f"--model {model}: {len(body)} body tensors are missing from the weights (such as {min(body)}); "

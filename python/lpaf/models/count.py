@@ -2,9 +2,11 @@
 
 Conventions (docs/counting.md says where the paper differs):
 
-* encoder parameters are the weights of the encoder linears (:mod:`lpaf.models.targets`); biases, LayerNorms, embeddings,
+* encoder parameters are the weights of the encoder linears (:mod:`lpaf.models.targets`); biases, LayerNorms,
+embeddings,
   pooler and head are not counted. Rank 260/130/80 gives 50.8/25.4/15.6 % of BERT-base;
-* FLOPs are multiply-accumulates of the encoder linears plus the two attention products (Q K^T and P V) for one sequence.
+* FLOPs are multiply-accumulates of the encoder linears plus the two attention products (Q K^T and P V) for one
+sequence.
   BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure.
 """
 
@@ -111,7 +113,9 @@ def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None
         rank = rank_for_ratio(shapes.values(), ratio)
         if rank < 1:
             least = ratio_for_rank(shapes.values(), 1)
-            raise InputError(f"{asked}: rank 1 already needs {least:.4f} of the encoder; pass --ratio {least:.4f} or more")
+            raise InputError(
+                f"{asked}: rank 1 already needs {least:.4f} of the encoder; pass --ratio {least:.4f} or more"
+            )
     else:
         asked = f"--rank {rank}"
     tightest = min(shapes, key=lambda name: min(shapes[name]))

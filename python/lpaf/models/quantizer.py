@@ -1,8 +1,9 @@
 """Reload compressed checkpoints through plain transformers.
 
-transformers rebuilds non-standard layers through a quantizer that it finds by ``config.quantization_config.quant_method``.
-Importing :mod:`lpaf` registers one under "lpaf": ``AutoModelFor*.from_pretrained(dir)`` then swaps every matrix named in
-the configuration for an (empty) ``LowRankSparseLinear`` before the weights are read.
+transformers rebuilds non-standard layers through a quantizer that it finds by
+``config.quantization_config.quant_method``. Importing :mod:`lpaf` registers one under "lpaf":
+``AutoModelFor*.from_pretrained(dir)`` then swaps every matrix named in the configuration for an (empty)
+``LowRankSparseLinear`` before the weights are read.
 
 transformers is lenient with quantized checkpoints (wrong shapes and missing tensors load silently), so the quantizer
 checks both itself.
@@ -87,7 +88,9 @@ class CompressionQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, dtype: torch.dtype | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
         self._dtype = dtype
         if not self.pre_quantized:
             return

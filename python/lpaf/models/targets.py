@@ -1,8 +1,9 @@
 """Which linear layers of a model are compressed: one table per model type, with a generic fallback.
 
-The paper (LPAF, section 5.1.4) compresses {query, key, value, attention output, up-projection, down-projection} of every
-encoder layer; embeddings, pooler and task head stay dense. A table entry maps each of these roles to the module's name
-inside one layer. Models that the table does not know fall back to every ``nn.Linear`` inside a numbered layer.
+The paper (LPAF, section 5.1.4) compresses {query, key, value, attention output, up-projection, down-projection} of
+every encoder layer; embeddings, pooler and task head stay dense. A table entry maps each of these roles to the
+module's name inside one layer. Models that the table does not know fall back to every ``nn.Linear`` inside a numbered
+layer.
 """
 
 from __future__ import annotations

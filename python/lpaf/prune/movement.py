@@ -2,12 +2,12 @@
 
 Every encoder linear becomes a ``MaskedLinear`` with a score per weight. The straight-through estimator gives
 dL/dS = W * dL/dW_eff, so that AdamW on the scores accumulates -W dL/dW (Eq. 4): weights that move away from zero rise,
-weights that move towards it fall. After each step the top v_t share of the scores is kept. Pruned weights keep their value
-and their score keeps learning, so they may return; at the end they are zeroed for good.
+weights that move towards it fall. After each step the top v_t share of the scores is kept. Pruned weights keep their
+value and their score keeps learning, so they may return; at the end they are zeroed for good.
 
-Scores start at zero in the papers, which train for tens of thousands of updates. In a run of a thousand, the first cuts then
-follow noise and wreck the model; scores that start at the weights' magnitude make them harmless, and movement takes over from
-there (docs/methods.md has the measurement).
+Scores start at zero in the papers, which train for tens of thousands of updates. In a run of a thousand, the first
+cuts then follow noise and wreck the model; scores that start at the weights' magnitude make them harmless, and
+movement takes over from there (docs/methods.md has the measurement).
 """
 
 from __future__ import annotations

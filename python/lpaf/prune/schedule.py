@@ -36,7 +36,8 @@ class CubicSchedule:
                 raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
         if self.warmup + self.cooldown >= 1.0:
             raise ValueError(
-                f"warmup + cooldown: {self.warmup} + {self.cooldown} leaves no step to prune in; their sum must be below 1"
+                f"warmup + cooldown: {self.warmup} + {self.cooldown} leaves no step to prune in; "
+                "their sum must be below 1"
             )
 
     def __call__(self, step: int) -> float:

@@ -26,7 +26,7 @@ from transformers import set_seed
 
 import lpaf_kernels
 
-from ..data import TaskData, load_task, tokenize
+from ..data import TaskData, check_labels, load_task, tokenize
 from ..errors import InputError
 from ..evaluate.latency import interleaved_latency
 from ..evaluate.metrics import compute_metrics
@@ -42,7 +42,15 @@ from ..models.checkpoint import (
     save_compressed,
     save_model,
 )
-from ..models.count import check_size, encoder_params, forward_macs, matrix_shapes, resolve_rank, total_params, weight_bytes
+from ..models.count import (
+    check_size,
+    encoder_params,
+    forward_macs,
+    matrix_shapes,
+    resolve_rank,
+    total_params,
+    weight_bytes,
+)
 from ..models.device import device_name, resolve_device
 from ..models.targets import encoder_linears
 from ..prune import PRUNERS
@@ -77,7 +85,8 @@ class Prepared:
 
 
 def default_mixed_rank_p(ratio: float) -> float:
-    """First probability of the sparse path when ``--mixed-rank-p`` is silent: smaller ranks want larger ones (Table 7)."""
+    """First probability of the sparse path when ``--mixed-rank-p`` is silent: smaller ranks want larger ones (Table
+    7)."""
     return 0.3 if ratio > 0.35 else 0.5 if ratio > 0.2 else 0.7
 
 
@@ -107,6 +116,8 @@ def prepare(options: CompressOptions) -> Prepared:
     if limit and options.max_length > limit:
         raise InputError(f"--max-length {options.max_length}: the model takes at most {limit} tokens")
     set_seed(options.seed)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        data = in_order_of_head(data, config, options)
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
     rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
@@ -116,8 +127,8 @@ def prepare(options: CompressOptions) -> Prepared:
         epochs = 0.0 if head_trained else 3.0
     if epochs == 0 and not head_trained:
         raise InputError(
-            f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned model, "
-            "or leave the option out"
+            f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
+            "model, or leave the option out"
         )
     return Prepared(
         options=options,
@@ -130,6 +141,19 @@ def prepare(options: CompressOptions) -> Prepared:
         mixed_rank_p=options.mixed_rank_p if options.mixed_rank_p is not None else default_mixed_rank_p(ratio),
         device=device,
     )
+
+
+def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:
+    """``data`` with its labels in the order of a trained head's classes.
+
+    A head for other labels is an InputError, unless the run fine-tunes on purpose: then it gets a new head.
+    """
+    try:
+        return check_labels(data, config)
+    except InputError as error:
+        if options.finetune_epochs:
+            return data
+        raise InputError(f"{error}; or pass --finetune-epochs to train a new head") from None
 
 
 class Compression:
@@ -160,7 +184,7 @@ class Compression:
         self.history: dict[str, list[dict[str, float]]] = {}
         self.pruned_scores: dict[str, torch.Tensor] | None = None
 
-    # measuring ---------------------------------------------------------------------------------------------------------
+    # measuring ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def timed(self, stage: str):
@@ -187,7 +211,7 @@ class Compression:
         name = self.prepared.data.spec.main_metric
         return float(np.mean([split[name] for split in self.details[stage].values()]))
 
-    # training ----------------------------------------------------------------------------------------------------------
+    # training -------------------------------------------------------------------------------------------------------
 
     def objective(self, **terms: Any) -> Objective:
         return Objective(self.prepared.data.spec.problem, temperature=self.options.temperature, **terms)
@@ -244,7 +268,7 @@ class Compression:
         for checkpoint in directory.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
-    # stages ------------------------------------------------------------------------------------------------------------
+    # stages ---------------------------------------------------------------------------------------------------------
 
     def finetune(self) -> nn.Module:
         """The dense fine-tuned model."""
@@ -315,14 +339,16 @@ class Compression:
             epochs += options.prune_epochs  # methods without pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
         objective = self.objective(distill=options.distill, consistency=1.0 if method.consistency else 0.0)
-        settings = {"p_init": self.prepared.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
+        settings = (
+            {"p_init": self.prepared.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
+        )
         retrainer = RETRAINERS[method.retrainer](**settings)
         retrainer.attach(model, factorized.weights)
         callbacks = retrainer.callbacks(train.updates(len(train_set)), objective.passes)
         self.run_stage(stage, model, train_set, objective, train, callbacks=callbacks)
         retrainer.detach(model)
 
-    # the whole run -----------------------------------------------------------------------------------------------------
+    # the whole run --------------------------------------------------------------------------------------------------
 
     def run(self, controls: Mapping[str, int] | None = None) -> tuple[nn.Module, dict[str, Any]]:
         """All stages; the output directory exists when this returns.
@@ -475,7 +501,7 @@ class Compression:
             stage: {name: numerical_rank(values, shapes[name]) for name, values in stage_values.items()}
             for stage, stage_values in spectra.items()
         }
-        compressed = {name: module for name, module in lowrank_linears(model).items()}
+        compressed = dict(lowrank_linears(model).items())
         per_matrix = {
             name: {
                 "shape": list(shape),

@@ -27,14 +27,15 @@ def demo_options(output: Path, quick: bool, seed: int) -> CompressOptions:
         "ratio": 0.25,
         "seed": seed,
         "max_length": 32 if quick else 48,
+        "freeze_embeddings": True,
         "checkpoint_steps": 0,
         "overwrite": True,
     }
     if quick:
-        return CompressOptions(
-            **common, max_train_samples=640, finetune_epochs=1, prune_epochs=1, retrain_epochs=1
-        )
-    return CompressOptions(**common, finetune_epochs=3, prune_epochs=1, retrain_epochs=2)
+        return CompressOptions(**common, max_train_samples=640, finetune_epochs=1, prune_epochs=1, retrain_epochs=1)
+    return CompressOptions(
+        **common, finetune_epochs=2, finetune_lr=2e-4, prune_epochs=1, prune_lr=1e-4, retrain_epochs=3, retrain_lr=5e-4
+    )
 
 
 def demo(output: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:

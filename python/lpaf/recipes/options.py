@@ -29,17 +29,24 @@ class CompressOptions:
     method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
     save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
     rank: int | None = option(None, "rank of every encoder matrix", "size", metavar="K")
-    ratio: float | None = option(None, "share of encoder weights to keep, in (0, 1]; picks the rank", "size", metavar="R")
+    ratio: float | None = option(
+        None, "share of encoder weights to keep, in (0, 1]; picks the rank", "size", metavar="R"
+    )
     force: bool = option(False, "accept ranks above break-even", "size")
 
-    data_dir: str | None = option(None, "folder with train.* and validation.* (csv, json, jsonl, parquet)", "data", metavar="DIR")
+    data_dir: str | None = option(
+        None, "folder with train.* and validation.* (csv, json, jsonl, parquet)", "data", metavar="DIR"
+    )
     train_file: str | None = option(None, "training file, instead of --data-dir", "data", metavar="FILE")
     validation_file: str | None = option(None, "validation file, instead of --data-dir", "data", metavar="FILE")
     max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
     max_length: int = option(128, "tokens per example", "data", metavar="N")
 
     finetune_epochs: float | None = option(
-        None, "epochs of dense fine-tuning (default: 0 if the model has a trained head for the task, else 3)", "training", metavar="F"
+        None,
+        "epochs of dense fine-tuning (default: 0 if the model has a trained head for the task, else 3)",
+        "training",
+        metavar="F",
     )
     prune_epochs: float = option(2.0, "epochs of pruning", "training", metavar="F")
     retrain_epochs: float = option(3.0, "epochs of retraining after factorisation", "training", metavar="F")
@@ -49,7 +56,9 @@ class CompressOptions:
     score_lr: float = option(1e-2, "learning rate of the pruning scores", "training", metavar="X")
     retrain_lr: float = option(4e-4, "learning rate of retraining", "training", metavar="X")
     freeze_embeddings: bool = option(False, "train no embeddings while pruning and retraining (faster)", "training")
-    distill: float = option(0.5, "weight of logit distillation from the dense model, in [0, 1]", "training", metavar="X")
+    distill: float = option(
+        0.5, "weight of logit distillation from the dense model, in [0, 1]", "training", metavar="X"
+    )
     temperature: float = option(2.0, "temperature of the distillation", "training", metavar="X")
     seed: int = option(0, "seed of data order, dropout, draws and new heads", "training", metavar="N")
 
@@ -63,7 +72,9 @@ class CompressOptions:
     prune: bool = option(True, "skip pruning (its updates go to retraining)", "method", negate=True)
     weighting: str = option("scores", "row weights of the SVD", "method", choices=WEIGHTINGS)
     mixed_rank: bool = option(True, "retrain the factors alone, without the sparse matrices", "method", negate=True)
-    mixed_rank_p: float | None = option(None, "first probability of the sparse path (default: by rank)", "method", metavar="P")
+    mixed_rank_p: float | None = option(
+        None, "first probability of the sparse path (default: by rank)", "method", metavar="P"
+    )
     consistency: bool = option(True, "one pass per batch, without the consistency loss", "method", negate=True)
 
     checkpoint_steps: int = option(200, "updates between checkpoints; 0 writes none", "running", metavar="N")
@@ -100,13 +111,15 @@ class CompressOptions:
                 raise InputError(f"{flag(name)} {getattr(self, name):g}: must be in [0, 1)")
         if self.prune_warmup + self.prune_cooldown >= 1.0:
             raise InputError(
-                f"--prune-warmup {self.prune_warmup:g} and --prune-cooldown {self.prune_cooldown:g}: leave no update to "
-                "prune in; their sum must be below 1"
+                f"--prune-warmup {self.prune_warmup:g} and --prune-cooldown {self.prune_cooldown:g}: leave no update "
+                "to prune in; their sum must be below 1"
             )
         for field in dataclasses.fields(self):
             choices = field.metadata.get("choices")
             if choices and getattr(self, field.name) not in choices:
-                raise InputError(f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}")
+                raise InputError(
+                    f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """All options, JSON-able."""
@@ -114,7 +127,16 @@ class CompressOptions:
 
 
 #: options that do not change the weights a run ends with; a resumed run may change them
-RUN_OPTIONS = ("output", "save_dense", "resume", "overwrite", "checkpoint_steps", "bench_batch", "bench_length", "force")
+RUN_OPTIONS = (
+    "output",
+    "save_dense",
+    "resume",
+    "overwrite",
+    "checkpoint_steps",
+    "bench_batch",
+    "bench_length",
+    "force",
+)
 
 
 def flag(name: str) -> str:

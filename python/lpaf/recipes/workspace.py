@@ -15,8 +15,8 @@ from ..errors import InputError
 class Workspace:
     """Where a run keeps its checkpoints, and how its result appears.
 
-    Everything is written to ``.NAME.lpaf-work`` beside the output. The output directory itself appears in one rename when
-    it is complete; a run that dies leaves the work directory, from which ``--resume`` goes on.
+    Everything is written to ``.NAME.lpaf-work`` beside the output. The output directory itself appears in one rename
+    when it is complete; a run that dies leaves the work directory, from which ``--resume`` goes on.
 
     Args:
         output: directory to write in the end.
@@ -26,7 +26,8 @@ class Workspace:
         bytes_needed: estimate of the space that checkpoints and output take.
 
     Raises:
-        InputError: output exists, is not writable or the disk is too full; an interrupted run is in the way or has other
+        InputError: output exists, is not writable or the disk is too full; an interrupted run is in the way or has
+        other
             settings.
     """
 
@@ -67,8 +68,8 @@ class Workspace:
         if changed:
             name = changed[0]
             raise InputError(
-                f"--resume: the interrupted run had {name} = {before.get(name)!r}, this one has {now[name]!r}; repeat its "
-                "options, or pass --overwrite instead of --resume to start again"
+                f"--resume: the interrupted run had {name} = {before.get(name)!r}, this one has {now[name]!r}; repeat "
+                "its options, or pass --overwrite instead of --resume to start again"
             )
 
     def _write_json(self, name: str, value: Any) -> None:

@@ -83,8 +83,7 @@ def render_card(report: Mapping[str, Any]) -> str:
         f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
         f"- Method: {_cell(METHODS.get(method, method))}",
         f"- Seed: {_one_line(report['seed'])}",
-        "- Versions: "
-        + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
+        "- Versions: " + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
     ]
     parts = [
         f"---\n{matter}---",

@@ -151,9 +151,7 @@ def matrix_place(name: str) -> tuple[int, str]:
 
 def in_order(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The matrices by layer number, then by kind: the same order whatever file they were read from."""
-    return {
-        name: per_matrix[name] for name in sorted(per_matrix, key=lambda name: (*matrix_place(name), name))
-    }
+    return {name: per_matrix[name] for name in sorted(per_matrix, key=lambda name: (*matrix_place(name), name))}
 
 
 def chosen_rank(entry: Mapping[str, Any]) -> int | None:
@@ -188,9 +186,7 @@ def rank_distribution(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
             options = {"bins": edges, "color": STAGE_COLORS[stage]}
             plot.hist(values, histtype="stepfilled", alpha=0.28, **options)
             label = f"{stage}: mean {values.mean():.0f}"
-            plot.hist(
-                values, histtype="step", linewidth=1.4, linestyle=STAGE_LINES[stage], label=label, **options
-            )
+            plot.hist(values, histtype="step", linewidth=1.4, linestyle=STAGE_LINES[stage], label=label, **options)
         plot.set_xlim(0, edges[-1] * 1.02)
         plot.set_xlabel("rank")
         plot.set_ylabel("matrices")
@@ -293,9 +289,7 @@ def sparsity_patterns(
     Top: density of kept weights, output rows downwards. Bottom: kept share of each row and column, sorted.
     """
     names = [name for name in per_matrix if f"mask.{name}" in analysis]
-    names = [
-        names[index] for index in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))
-    ]
+    names = [names[index] for index in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))]
     with _styled():
         if not names:
             figure, axes = _grid(1, 1, 1.4)
@@ -342,9 +336,7 @@ def sparsity_patterns(
         axes[0, 0].set_ylabel("output row")
         axes[1, 0].set_ylabel("share kept")
         axes[1, 0].legend(loc="upper right", handlelength=1.6)
-        figure.supxlabel(
-            "input column (top); rows or columns in order of their kept share (bottom)", fontsize=8.5
-        )
+        figure.supxlabel("input column (top); rows or columns in order of their kept share (bottom)", fontsize=8.5)
         bar = figure.colorbar(image, ax=axes[0, :].tolist(), pad=0.01, aspect=18, extend="max")
         bar.set_label("share kept")
         bar.outline.set_visible(False)
@@ -534,9 +526,7 @@ def summary_bars(report: Mapping[str, Any]) -> Figure:
         return figure
 
 
-def matrix_pictures(
-    per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, torch.Tensor]
-) -> list[Picture]:
+def matrix_pictures(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, torch.Tensor]) -> list[Picture]:
     """The pictures of ranks, spectra and patterns that these numbers allow."""
     found: list[Picture] = []
     per_matrix = in_order(per_matrix)
@@ -568,9 +558,7 @@ def to_svg(figure: Figure) -> bytes:
     """The figure as SVG: transparent, without dates, the same bytes for the same figure."""
     buffer = io.BytesIO()
     with _styled():
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return buffer.getvalue()
 
 

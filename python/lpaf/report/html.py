@@ -66,9 +66,7 @@ details { margin-top: .8rem; } summary { cursor: pointer; font-weight: 600; }
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """An HTML table; every cell is escaped, the first column is the row's heading."""
     top = "".join(f'<th scope="col">{escape(str(cell))}</th>' for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -154,8 +152,7 @@ def render_html(report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor])
     low, high = latency["p20"], latency["p80"]
     if all(is_number(side.get(key)) for side in (low, high) for key in ("dense", "compressed")):
         spread = (
-            f"{name} {significant(low[name])} to {significant(high[name])} ms"
-            for name in ("dense", "compressed")
+            f"{name} {significant(low[name])} to {significant(high[name])} ms" for name in ("dense", "compressed")
         )
         note += f"; from the 20th to the 80th percentile: {', '.join(spread)}"
     note += ". MACs are multiply-accumulates of the encoder's matrices and attention products."
@@ -176,9 +173,7 @@ def render_html(report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor])
         section(
             "How it was made",
             f"<pre>{escape(command_text(report['command']))}</pre>",
-            pairs(
-                [("seed", str(report["seed"])), *_data_rows(report), *((f"time: {k}", v) for k, v in seconds)]
-            ),
+            pairs([("seed", str(report["seed"])), *_data_rows(report), *((f"time: {k}", v) for k, v in seconds)]),
             folded("Every matrix", matrix_table(report["rank"]["per_matrix"])),
             folded("Configuration", pairs(flatten(report["config"]))),
             folded("Versions", pairs(flatten(report["versions"]))),

@@ -120,12 +120,9 @@ def _summary(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "matrices": len(entries),
         "layers": len({matrix_place(name)[0] for name in per_matrix}),
-        "mean_rank": {
-            stage: _mean([entry[stage] for entry in entries]) for stage in ("dense", "pruned", "compressed")
-        },
+        "mean_rank": {stage: _mean([entry[stage] for entry in entries]) for stage in ("dense", "pruned", "compressed")},
         "mean_effective_rank": {
-            stage: _mean([entry["effective_rank"].get(stage) for entry in entries])
-            for stage in ("dense", "pruned")
+            stage: _mean([entry["effective_rank"].get(stage) for entry in entries]) for stage in ("dense", "pruned")
         },
         "mean_full_rank": _mean([min(entry["shape"]) for entry in entries]),
         "mean_kept_share": _mean([entry["kept_share"] for entry in entries]),
@@ -158,9 +155,7 @@ def _inspect_compressed(directory: Path) -> Inspection:
             try:
                 unpack_mask(analysis[f"mask.{name}"], entry["shape"])
             except ValueError as error:
-                raise InputError(
-                    f"model: {path} holds a broken mask of {name} ({error}); {remedy}"
-                ) from error
+                raise InputError(f"model: {path} holds a broken mask of {name} ({error}); {remedy}") from error
     return Inspection(directory, "compressed", per_matrix, _summary(per_matrix), analysis, report)
 
 
@@ -176,9 +171,7 @@ def _weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in sorted(set(names.values()))]
         for path in files:
             if not path.is_file():
-                raise InputError(
-                    f"model: {path} is missing though {INDEX_FILE} names it; copy the whole directory"
-                )
+                raise InputError(f"model: {path} is missing though {INDEX_FILE} names it; copy the whole directory")
         return files
     raise InputError(
         f"model: {directory} has neither {REPORT_FILE} nor {WEIGHTS_FILE}; pass a directory written by "
@@ -197,22 +190,16 @@ def _inspect_dense(directory: Path, progress: bool) -> Inspection:
             with safe_open(path, framework="pt") as tensors:
                 names = sorted(tensors.keys(), key=lambda name: (matrix_place(name)[0], name))
                 found.extend(
-                    (path, name)
-                    for name in names
-                    if is_encoder_matrix(name, tensors.get_slice(name).get_shape())
+                    (path, name) for name in names if is_encoder_matrix(name, tensors.get_slice(name).get_shape())
                 )
         # Shards cut through layers, so their order is not the model's.
         found.sort(key=lambda pair: (matrix_place(pair[1])[0], pair[1]))
-        bar = tqdm(
-            found, desc="singular values", unit="matrix", delay=1.0, disable=None if progress else True
-        )
+        bar = tqdm(found, desc="singular values", unit="matrix", delay=1.0, disable=None if progress else True)
         for path, key in bar:
             with safe_open(path, framework="pt") as tensors:
                 weight = tensors.get_tensor(key).float()
             if not torch.isfinite(weight).all():
-                raise InputError(
-                    f"model: tensor {key} in {path} has NaN or infinite entries; pass a sound checkpoint"
-                )
+                raise InputError(f"model: tensor {key} in {path} has NaN or infinite entries; pass a sound checkpoint")
             name = key.removesuffix(".weight")
             values = torch.linalg.svdvals(weight)
             kept = weight != 0
@@ -231,8 +218,7 @@ def _inspect_dense(directory: Path, progress: bool) -> Inspection:
                 masks[f"mask.{name}"] = pack_mask(kept)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"model: the weights in {directory} cannot be read ({_one_line(error)}); "
-            "copy or save the model again"
+            f"model: the weights in {directory} cannot be read ({_one_line(error)}); copy or save the model again"
         ) from error
     if not per_matrix:
         raise InputError(
@@ -254,9 +240,7 @@ def inspect_directory(path: str | Path, progress: bool = True) -> Inspection:
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise InputError(
-            f"model: {directory} is not a directory; pass one written by lpaf compress or save_pretrained"
-        )
+        raise InputError(f"model: {directory} is not a directory; pass one written by lpaf compress or save_pretrained")
     if (directory / REPORT_FILE).is_file():
         return _inspect_compressed(directory)
     return _inspect_dense(directory, progress)

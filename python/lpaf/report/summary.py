@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 MISSING = "-"
-LOWER_IS_BETTER = frozenset(
-    {"loss", "mse", "rmse", "mae", "perplexity", "mean_squared_error", "mean_absolute_error"}
-)
+LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "mean_squared_error", "mean_absolute_error"})
 STAGES = ("dense", "pruned", "factorized", "compressed")
 
 

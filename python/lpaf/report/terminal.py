@@ -36,9 +36,7 @@ WIDTH = 80
 PLAIN = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
-def _table(
-    title: str | None, head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None
-) -> Table:
+def _table(title: str | None, head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> Table:
     """A table whose first column may fold while the numbers stay whole. Text is never read as markup."""
     table = Table(
         title=None if title is None else Text(title),
@@ -94,9 +92,7 @@ def comparison_row(name: str, report: Mapping[str, Any], stage: str = "compresse
     }
 
 
-def comparison_table(
-    rows: Iterable[Mapping[str, Any]], metric: str = "metric", title: str | None = None
-) -> Table:
+def comparison_table(rows: Iterable[Mapping[str, Any]], metric: str = "metric", title: str | None = None) -> Table:
     """Several models side by side.
 
     Each row has name, metric, encoder_ratio (share of the dense encoder's parameters), file_bytes,
@@ -137,11 +133,7 @@ def bench_table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """Evaluation results {split: {metric: value}}: one line per split and metric."""
-    cells = [
-        (split, name, format_metric(value))
-        for split, values in metrics.items()
-        for name, value in values.items()
-    ]
+    cells = [(split, name, format_metric(value)) for split, values in metrics.items() for name, value in values.items()]
     return _table(title, ("split", "metric", "value"), cells)
 
 
@@ -171,7 +163,5 @@ def inspection_table(inspection: Inspection) -> Table:
         for short, entry in zip(_without_shared_start(list(per_matrix)), per_matrix.values(), strict=True)
     ]
     means = (summary["mean_rank"][stage] for stage in ("dense", "pruned", "compressed"))
-    cells.append(
-        ("mean", "", *(format_rank(mean) for mean in means), format_percent(summary["mean_kept_share"]), "")
-    )
+    cells.append(("mean", "", *(format_rank(mean) for mean in means), format_percent(summary["mean_kept_share"]), ""))
     return _table(f"Ranks in {inspection.directory}", head, cells, inspection.sentence())

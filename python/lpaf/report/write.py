@@ -100,9 +100,7 @@ def report_json(report: Mapping[str, Any]) -> str:
     return json.dumps(_finite(report), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_report(
-    directory: str | Path, report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor]
-) -> list[Path]:
+def write_report(directory: str | Path, report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor]) -> list[Path]:
     """Write report.json, report.html, README.md and analysis.safetensors into an existing directory.
 
     Everything is made before the first file is written. Returns the paths. Raises ValueError for an

@@ -12,8 +12,8 @@ from torch.utils.data import Sampler
 class LengthGroupedSampler(Sampler[int]):
     """Indices shuffled, then sorted by length inside groups of ``window`` batches, batches shuffled again.
 
-    The order is a function of ``seed`` and ``epoch()``, so that a run resumed in the middle of an epoch sees the batches
-    that the uninterrupted run would have seen.
+    The order is a function of ``seed`` and ``epoch()``, so that a run resumed in the middle of an epoch sees the
+    batches that the uninterrupted run would have seen.
 
     Args:
         lengths: length of every example.
@@ -39,9 +39,11 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), span):
             group = sorted(order[start : start + span], key=lambda index: self.lengths[index])
             batches += [group[at : at + self.batch_size] for at in range(0, len(group), self.batch_size)]
-        short = batches.pop(next(i for i, b in enumerate(batches) if len(b) < self.batch_size)) if (
-            len(order) % self.batch_size
-        ) else []
+        short = (
+            batches.pop(next(i for i, b in enumerate(batches) if len(b) < self.batch_size))
+            if (len(order) % self.batch_size)
+            else []
+        )
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[index]
         yield from short
@@ -60,9 +62,7 @@ class Collator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         names = [name for name in self.tokenizer.model_input_names if name in examples[0]]
-        batch = dict(
-            self.tokenizer.pad([{name: row[name] for name in names} for row in examples], return_tensors="pt")
-        )
+        batch = dict(self.tokenizer.pad([{name: row[name] for name in names} for row in examples], return_tensors="pt"))
         if "labels" in examples[0]:
             dtype = torch.float32 if self.problem == "regression" else torch.int64
             batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Mixed-rank fine-tuning: low-rank factors that now and then give way to the sparse matrix they came from (Eqs. 12, 13)."""
+"""Mixed-rank fine-tuning: factors that now and then give way to the sparse matrix they came from (Eqs. 12 and 13)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ class StageTrainer(Trainer):
     # optimisation ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with three groups: decayed weights, undecayed ones (biases, norms), pruning scores at their own rate."""
+        """AdamW with three groups: decayed weights, undecayed ones (biases, norms), pruning scores at their own
+        rate."""
         model = self.model if model is None else model
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
@@ -121,7 +122,8 @@ class StageTrainer(Trainer):
         return loss
 
     def check_diverged(self) -> None:
-        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite (synchronises the device)."""
+        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite (synchronises the
+        device)."""
         if self._diverged is None or not bool(self._diverged):
             return
         last = last_checkpoint(Path(self.args.output_dir))
