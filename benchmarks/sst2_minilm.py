@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from lpaf.evaluate.metrics import mcnemar
 
 TRAIN, TEST, TUNE = 20_000, 5_000, 8_000

@@ -189,7 +189,6 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(inspection.to_json(), indent=1))
     else:
         show(inspection_table(inspection))
-        print(inspection.sentence())
     if arguments.pictures:
         write_pictures(inspection, Path(arguments.pictures))
         print(f"pictures in {arguments.pictures}", file=sys.stderr)

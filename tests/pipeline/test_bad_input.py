@@ -10,16 +10,16 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import lpaf
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
+
+import lpaf
 from lpaf.cli import main
 from lpaf.models.checkpoint import load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
-from tiny import sentences, write_model, write_rows
-from transformers import AutoModelForSequenceClassification
-
 from lpaf_kernels import swap_linears
+from tiny import sentences, write_model, write_rows
 
 
 @pytest.fixture

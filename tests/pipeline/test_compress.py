@@ -10,17 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-import lpaf
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import lpaf
 from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate.evaluate import evaluate_directory
 from lpaf.recipes.compress import Compression, compress, prepare
 from lpaf.recipes.options import CompressOptions
-from safetensors.torch import load_file
 from tiny import sentences, write_model, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 LEARN = {"finetune_lr": 5e-3, "prune_lr": 2e-3, "retrain_lr": 5e-3, "finetune_epochs": 12, "retrain_epochs": 4}
 

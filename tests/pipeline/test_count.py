@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+
 from lpaf.errors import InputError
 from lpaf.models.count import (
     break_even_rank,
@@ -15,7 +16,6 @@ from lpaf.models.count import (
     ratio_for_rank,
     resolve_rank,
 )
-
 from lpaf_kernels import swap_linears
 
 

@@ -9,9 +9,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import BertTokenizerFast
+
 from lpaf.data import TASKS, TaskSpec, check_labels, get_task, load, load_task, tokenize
 from lpaf.errors import InputError
-from transformers import BertTokenizerFast
 
 TRAIN = [{"text": "a good film", "label": "good"}, {"text": "a bad film", "label": "bad"}]
 

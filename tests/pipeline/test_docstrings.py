@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import pytest
+
 from lpaf.data import docstrings, load_task
 from lpaf.data.docstrings import PACKAGES, build_docstrings, docstrings_of, first_sentences, mask, shingles
 from lpaf.errors import InputError

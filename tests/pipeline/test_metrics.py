@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+
 from lpaf.data import TASKS, get_task
 from lpaf.evaluate.metrics import (
     compute_metrics,

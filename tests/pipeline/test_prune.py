@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
 from lpaf.prune import CubicSchedule, MovementPruner
 from lpaf.prune.movement import masked_linears
 from tiny import write_model
-from torch import nn
 
 
 def test_cubic_schedule_follows_equation_5():

@@ -6,17 +6,17 @@ import json
 import subprocess
 import sys
 
-import lpaf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+import lpaf
 from lpaf.errors import InputError
 from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
-from safetensors.torch import load_file, save_file
-from tiny import write_model
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
-
 from lpaf_kernels import LowRankSparseLinear, swap_linears
+from tiny import write_model
 
 IDS = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
+
 from lpaf.errors import InputError
 from lpaf.report import figures, summary, terminal
 from lpaf.report.card import front_matter, hub_id, render_card
@@ -27,7 +29,6 @@ from lpaf.report.inspect import (
     write_pictures,
 )
 from lpaf.report.write import report_json, validate_report, write_report
-from rich.console import Console
 
 LAYERS, HIDDEN, WIDE, RANK = 3, 48, 96, 12
 KINDS = {

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from lpaf.factorize import SVDFactorizer
 from lpaf.models.checkpoint import load_dense
 from lpaf.retrain import MixedRank, Objective
 from lpaf.retrain.batches import LengthGroupedSampler
-from tiny import write_model
-
 from lpaf_kernels import MixedRankLinear, draw_paths
+from tiny import write_model
 
 
 def test_objective_without_extras_is_cross_entropy():

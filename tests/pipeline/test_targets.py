@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch import nn
+
 from lpaf.errors import InputError
 from lpaf.models.targets import LAYER_LINEARS, encoder_linears, find_targets
-from torch import nn
 
 LAYERS = 2
 SMALL = {

@@ -34,7 +34,14 @@ def demo_options(output: Path, quick: bool, seed: int) -> CompressOptions:
     if quick:
         return CompressOptions(**common, max_train_samples=640, finetune_epochs=1, prune_epochs=1, retrain_epochs=1)
     return CompressOptions(
-        **common, finetune_epochs=2, finetune_lr=2e-4, prune_epochs=1, prune_lr=1e-4, retrain_epochs=3, retrain_lr=5e-4
+        **common,
+        finetune_epochs=2,
+        finetune_lr=2e-4,
+        prune_epochs=1,
+        prune_lr=1e-4,
+        retrain_epochs=4,
+        retrain_lr=5e-4,
+        distill=0.7,
     )
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lpaf.report.inspect import Inspection
 
 WIDTH = 80
+# Longer names (paths, usually) fold, or rich would drop the numbers beside them.
+NAME_WIDTH = 34
 # Rich's SIMPLE_HEAD in ASCII: a rule under the heading and nothing else.
 PLAIN = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
@@ -54,6 +56,7 @@ def _table(title: str | None, head: Sequence[str], rows: Iterable[Sequence[Any]]
             no_wrap=index > 0,
             overflow="fold",
             min_width=8 if not index else None,
+            max_width=NAME_WIDTH if not index else None,
         )
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
