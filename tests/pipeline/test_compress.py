@@ -275,6 +275,15 @@ def test_resume_with_other_options_is_refused(tiny_options, tmp_path, capsys):
         Compression(prepare(CompressOptions(**tiny_options | {"resume": True, "retrain_lr": 9e-5})), "")
 
 
+def test_second_run_of_the_same_output_is_refused(tiny_options):
+    first = Compression(prepare(CompressOptions(**tiny_options)), "")
+    for switch in ("resume", "overwrite"):
+        with pytest.raises(InputError, match="another run is writing it"):
+            Compression(prepare(CompressOptions(**tiny_options | {switch: True})), "")
+    first.run()
+    assert (Path(tiny_options["output"]) / "model.safetensors").is_file()
+
+
 def test_resume_with_nothing_to_resume_starts(tiny_options):
     compress(CompressOptions(**tiny_options | {"resume": True}), command="")
     assert (Path(tiny_options["output"]) / "config.json").is_file()

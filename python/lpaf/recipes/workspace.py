@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -38,6 +39,8 @@ class Workspace:
         self.directory = output.parent / f".{output.name}.lpaf-work"
         self.overwrite = overwrite
         check_output(output, overwrite)
+        if self.directory.exists():
+            self._lock()
         if self.directory.exists() and not resume:
             if not overwrite:
                 raise InputError(
@@ -56,7 +59,16 @@ class Workspace:
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.resuming:
+            self._lock()
             self._write_json("settings.json", settings)
+
+    def _lock(self) -> None:
+        """Hold the work directory until this process ends, however it ends."""
+        self._lock_file = (self.directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output {self.output}: another run is writing it; wait for it to end") from None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.directory / "settings.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,14 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", delay=2)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.stage,
+                unit="step",
+                delay=2,
+                mininterval=0.2 if sys.stderr.isatty() else 15,
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
