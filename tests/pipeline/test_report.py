@@ -18,13 +18,13 @@ import yaml
 from rich.console import Console
 
 from lpaf.errors import InputError
+from lpaf.evaluate.spectra import numerical_rank
 from lpaf.report import figures, summary, terminal
 from lpaf.report.card import front_matter, hub_id, render_card
 from lpaf.report.html import render_html
 from lpaf.report.inspect import (
     inspect_directory,
     is_encoder_matrix,
-    numerical_rank,
     render_inspection,
     write_pictures,
 )

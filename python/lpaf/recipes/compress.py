@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
-import platform
 import shlex
 import shutil
 import sys
@@ -24,14 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 
-import lpaf_kernels
-
 from ..data import TaskData, check_labels, load_task, tokenize
 from ..errors import InputError
-from ..evaluate.latency import interleaved_latency
 from ..evaluate.metrics import compute_metrics
 from ..evaluate.predict import predict
-from ..evaluate.spectra import numerical_rank, singular_values
 from ..factorize import FACTORIZERS, Factorized
 from ..models.checkpoint import (
     is_compressed,
@@ -51,22 +45,19 @@ from ..models.count import (
     total_params,
     weight_bytes,
 )
-from ..models.device import device_name, resolve_device
+from ..models.device import resolve_device
 from ..models.targets import encoder_linears
 from ..prune import PRUNERS
-from ..report.figures import pack_mask
 from ..report.write import write_report
 from ..retrain import RETRAINERS
-from ..retrain.mixed_rank import lowrank_linears
 from ..retrain.objective import Objective
 from ..retrain.trainer import TrainOptions, train_stage
+from .measure import latency_record, rank_record, versions
 from .methods import Method, get_method
 from .options import RUN_OPTIONS, CompressOptions
 from .workspace import Workspace, check_output, explain_os_error
 
 REPORT_SCHEMA = 1
-#: masks of at most this many matrices are kept for the sparsity pictures
-PICTURED_MASKS = 6
 
 
 @dataclass
@@ -409,8 +400,9 @@ class Compression:
         options, prepared = self.options, self.prepared
         before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
         with self.timed("measure"):
-            times = self.latency({"dense": dense, "compressed": model, **controls})
-            ranks, analysis = self.ranks(model, before, factorized)
+            models = {"dense": dense, "compressed": model, **controls}
+            times = latency_record(models, options.bench_batch, options.bench_length)
+            ranks, analysis = rank_record(before, factorized, model, pruned=prepared.method.pruner is not None)
         dense_params, compressed_params = encoder_params(dense), encoder_params(model)
         length = options.bench_length
         return {
@@ -468,70 +460,6 @@ class Compression:
             },
         }, analysis
 
-    def latency(self, models: Mapping[str, nn.Module], rounds: int = 15) -> dict[str, Any]:
-        """Dense against compressed (and the controls), interleaved, same attention implementation and dtype."""
-        batch, length = self.options.bench_batch, self.options.bench_length
-        times = interleaved_latency(models, batch, length, rounds=rounds)
-        parameter = next(models["dense"].parameters())
-        return {
-            "dense": times["dense"].median,
-            "compressed": times["compressed"].median,
-            "speedup": times["dense"].median / times["compressed"].median,
-            "batch": batch,
-            "length": length,
-            "device": device_name(parameter.device),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "median": {name: value.median for name, value in times.items()},
-            "p20": {name: value.p20 for name, value in times.items()},
-            "p80": {name: value.p80 for name, value in times.items()},
-            "rounds": rounds,
-        }
-
-    def ranks(
-        self, model: nn.Module, before: dict[str, torch.Tensor], factorized: Factorized
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Rank of every matrix before and after pruning, and the spectra and masks for the pictures."""
-        pruned = self.prepared.method.pruner is not None
-        spectra = {"dense": singular_values(before, "spectra dense")}
-        if pruned:
-            spectra["pruned"] = singular_values(factorized.weights, "spectra pruned")
-        shapes = {name: tuple(weight.shape) for name, weight in before.items()}
-        ranks = {
-            stage: {name: numerical_rank(values, shapes[name]) for name, values in stage_values.items()}
-            for stage, stage_values in spectra.items()
-        }
-        compressed = dict(lowrank_linears(model).items())
-        per_matrix = {
-            name: {
-                "shape": list(shape),
-                "dense": ranks["dense"][name],
-                "pruned": ranks["pruned"][name] if pruned else None,
-                "compressed": compressed[name].rank,
-                "kept": compressed[name].kept.numel(),
-                "kept_share": float((factorized.weights[name] != 0).float().mean()),
-                "error": factorized.errors[name],
-            }
-            for name, shape in shapes.items()
-        }
-        last = ranks["pruned"] if pruned else ranks["dense"]
-        summary = {
-            "mean_before": float(np.mean(list(ranks["dense"].values()))),
-            "mean_after": float(np.mean(list(last.values()))),
-            "mean_compressed": float(np.mean([entry["compressed"] for entry in per_matrix.values()])),
-            "per_matrix": per_matrix,
-        }
-        analysis = {
-            f"singular_values.{stage}.{name}": values
-            for stage, stage_values in spectra.items()
-            for name, values in stage_values.items()
-        }
-        if pruned:
-            middle = len(shapes) // 2 // PICTURED_MASKS * PICTURED_MASKS
-            for name in list(shapes)[middle : middle + PICTURED_MASKS]:
-                analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
-        return summary, analysis
-
 
 def compress(options: CompressOptions, command: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Compress a model as ``options`` say and write ``options.output``.
@@ -555,16 +483,6 @@ def compress(options: CompressOptions, command: str | None = None) -> tuple[nn.M
         if explained is None:
             raise
         raise explained from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
-    names = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
-    return {
-        "lpaf-kernels": lpaf_kernels.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
 
 
 def _fingerprint(model: str) -> str:

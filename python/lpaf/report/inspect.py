@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lpaf.errors import InputError
+from lpaf.evaluate.spectra import numerical_rank
 from lpaf.report.figures import (
     in_order,
     matrix_pictures,
@@ -77,14 +78,6 @@ class Inspection:
             words = ", ".join(f"{stage} {format_rank(effective[stage])}" for stage in known)
             text += f"; rank that keeps 90 % of the squares: {words}"
         return text
-
-
-def numerical_rank(singular_values: torch.Tensor, shape: Sequence[int]) -> int:
-    """Number of singular values above max(n, m) * eps(float32) * the largest (numpy's matrix_rank rule)."""
-    if singular_values.numel() == 0:
-        return 0
-    limit = max(shape) * torch.finfo(torch.float32).eps * singular_values.max()
-    return int((singular_values > limit).sum())
 
 
 def is_encoder_matrix(name: str, shape: Sequence[int]) -> bool:

@@ -1,0 +1,104 @@
+"""The measured parts of a report: latency, ranks and spectra, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import lpaf_kernels
+
+from ..evaluate.latency import interleaved_latency
+from ..evaluate.spectra import numerical_rank, singular_values
+from ..factorize import Factorized
+from ..models.device import device_name
+from ..report.figures import pack_mask
+from ..retrain.mixed_rank import lowrank_linears
+
+#: masks of at most this many matrices are kept for the sparsity pictures
+PICTURED_MASKS = 6
+
+
+def latency_record(models: Mapping[str, nn.Module], batch: int, length: int, rounds: int = 15) -> dict[str, Any]:
+    """report.json's ``latency_ms``: "dense" against "compressed" (and others), interleaved, in their own dtype."""
+    times = interleaved_latency(models, batch, length, rounds=rounds)
+    parameter = next(models["dense"].parameters())
+    return {
+        "dense": times["dense"].median,
+        "compressed": times["compressed"].median,
+        "speedup": times["dense"].median / times["compressed"].median,
+        "batch": batch,
+        "length": length,
+        "device": device_name(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "median": {name: value.median for name, value in times.items()},
+        "p20": {name: value.p20 for name, value in times.items()},
+        "p80": {name: value.p80 for name, value in times.items()},
+        "rounds": rounds,
+    }
+
+
+def rank_record(
+    dense: Mapping[str, torch.Tensor], factorized: Factorized, model: nn.Module, pruned: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """report.json's ``rank``, and the spectra and masks behind the pictures.
+
+    Args:
+        dense: matrix name -> [out, in] before compression.
+        factorized: the matrices that were factorised, pruned or not.
+        model: the compressed model.
+        pruned: whether ``factorized.weights`` were pruned.
+    """
+    spectra = {"dense": singular_values(dense, "spectra dense")}
+    if pruned:
+        spectra["pruned"] = singular_values(factorized.weights, "spectra pruned")
+    shapes = {name: tuple(weight.shape) for name, weight in dense.items()}
+    ranks = {
+        stage: {name: numerical_rank(values, shapes[name]) for name, values in stage_values.items()}
+        for stage, stage_values in spectra.items()
+    }
+    compressed = lowrank_linears(model)
+    per_matrix = {
+        name: {
+            "shape": list(shape),
+            "dense": ranks["dense"][name],
+            "pruned": ranks["pruned"][name] if pruned else None,
+            "compressed": compressed[name].rank,
+            "kept": compressed[name].kept.numel(),
+            "kept_share": float((factorized.weights[name] != 0).float().mean()),
+            "error": factorized.errors[name],
+        }
+        for name, shape in shapes.items()
+    }
+    record = {
+        "mean_before": float(np.mean(list(ranks["dense"].values()))),
+        "mean_after": float(np.mean(list(ranks["pruned" if pruned else "dense"].values()))),
+        "mean_compressed": float(np.mean([entry["compressed"] for entry in per_matrix.values()])),
+        "per_matrix": per_matrix,
+    }
+    analysis = {
+        f"singular_values.{stage}.{name}": values
+        for stage, stage_values in spectra.items()
+        for name, values in stage_values.items()
+    }
+    if pruned:
+        middle = len(shapes) // 2 // PICTURED_MASKS * PICTURED_MASKS
+        for name in list(shapes)[middle : middle + PICTURED_MASKS]:
+            analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
+    return record, analysis
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    names = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
+    return {
+        "lpaf-kernels": lpaf_kernels.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
