@@ -2,10 +2,10 @@
 
     python benchmarks/sst2_minilm.py --glue FOLDER/glue --output runs/sst2-minilm
 
-Splits the training file (seeded) into 20,000 training and 5,000 test phrases, fine-tunes the dense model once, then runs
-both methods at 25 and 16 % of the encoder with each of two retraining rates, picks the rate per method and size on the
-validation file, and tests the pairs on the test phrases. Every step is one `lpaf` command and is skipped when its output
-exists, so that the study can be stopped and started again.
+Splits the training file (seeded) into 20,000 training and 5,000 test phrases, fine-tunes the dense model once, then
+runs both methods at 25 and 16 % of the encoder with each of two retraining rates, picks the rate per method and size on
+the validation file, and tests the pairs on the test phrases. Every step is one `lpaf` command and is skipped when its
+output exists, so that the study can be stopped and started again.
 """
 
 from __future__ import annotations
