@@ -2,10 +2,10 @@
 
     python benchmarks/sst2_minilm.py --glue FOLDER/glue --output runs/sst2-minilm
 
-Splits the training file (seeded) into 20,000 training and 5,000 test phrases, fine-tunes the dense model once, then
-runs both methods at 25 and 16 % of the encoder with each of two retraining rates, picks the rate per method and size on
-the validation file, and tests the pairs on the test phrases. Every step is one `lpaf` command and is skipped when its
-output exists, so that the study can be stopped and started again.
+Splits the training file (seeded) into 20,000 training phrases and 5,000 test phrases, fine-tunes the dense model once,
+tunes the retraining rate of both methods over the same grid on 8,000 phrases, then runs both methods at 25 and 16 % of
+the encoder and tests the pairs. Every step is one `lpaf` command and is skipped when its output exists, so that the
+study can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from lpaf.evaluate.metrics import mcnemar
 
-TRAIN, TEST = 20_000, 5_000
+TRAIN, TEST, TUNE = 20_000, 5_000, 8_000
 RATES = ("4e-4", "8e-4")
 COMMON = ["--task", "sst2", "--bf16", "--freeze-embeddings", "--batch-size", "32", "--seed", "0"]
 EPOCHS = ["--prune-epochs", "1", "--retrain-epochs", "2"]
@@ -96,24 +96,28 @@ def main() -> None:
     first += ["--finetune-epochs", "2", "--prune-epochs", "0", "--retrain-epochs", "0.01", "--save-dense", dense]
     lpaf("compress", *COMMON, *first, "--output", root / "first", "--overwrite", done=dense)
 
+    best = {}
+    for method in ("lpaf", "svd"):
+        scores = {}
+        for rate in RATES:
+            run = root / "tune" / f"{method}-{rate}"
+            more = ("--max-train-samples", str(TUNE))
+            scores[rate] = compress(run, method, SIZES["16"], rate, dense, data, *more)["metric"]["compressed"]
+        best[method] = max(scores, key=scores.get)
+        print(f"tuning {method}: {scores} -> {best[method]}", flush=True)
+
     truth = {}
     guesses: dict[tuple[str, str, str], np.ndarray] = {}
     for size, ratio in SIZES.items():
         for method in ("lpaf", "svd"):
-            scores = {}
-            for rate in RATES:
-                report = compress(root / f"{method}-{size}-{rate}", method, ratio, rate, dense, data)
-                scores[rate] = report["metric"]["compressed"]
-            best = max(scores, key=scores.get)
-            run = root / f"{method}-{size}-{best}"
-            report = json.loads((run / "report.json").read_text())
-            print(f"{method} {size} %: validation by rate {scores} -> {best}")
-            print(
-                "  ", report["metric"], report["rank"]["mean_before"], report["rank"]["mean_after"], report["seconds"]
-            )
+            run = root / f"{method}-{size}"
+            report = compress(run, method, ratio, best[method], dense, data)
             for name in ("test", "validation"):
                 guess, truth[name] = predictions(run, data / f"{name}.jsonl", root / f"{method}-{size}-{name}.jsonl")
                 guesses[method, size, name] = guess
+            print(
+                method, size, report["metric"], report["rank"]["mean_before"], report["rank"]["mean_after"], flush=True
+            )
     for name in ("test", "validation"):
         guess, truth[name] = predictions(dense, data / f"{name}.jsonl", root / f"dense-{name}.jsonl")
         print(f"dense {name}: {np.mean(guess == truth[name]):.4f}")
