@@ -109,6 +109,14 @@ def test_reloaded_model_gives_the_same_logits(finished):
     assert again.config.id2label == model.config.id2label
 
 
+def test_training_under_autocast_leaves_none_behind(tiny_options):
+    model, _ = compress(CompressOptions(**tiny_options | {"bf16": True}), command="")
+    again = AutoModelForSequenceClassification.from_pretrained(tiny_options["output"])
+    ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_evaluate_repeats_the_reports_metric(finished, tiny_data, tmp_path):
     _, report, output = finished
     lines = tmp_path / "predictions.jsonl"

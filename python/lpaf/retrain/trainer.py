@@ -256,4 +256,6 @@ def train_stage(
             trainer.remove_callback(callback)
     checkpoint = last_checkpoint(directory) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # accelerate leaves its autocast around forward; the trained model must run as the saved one will.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
