@@ -1,4 +1,4 @@
-"""The ``lpaf`` command. Heavy imports wait until a subcommand needs them, so that ``lpaf --help`` is quick."""
+"""The ``lpaf`` command; each subcommand imports what it needs when it runs."""
 
 from __future__ import annotations
 
