@@ -297,6 +297,18 @@ def test_resume_with_nothing_to_resume_starts(tiny_options):
     assert (Path(tiny_options["output"]) / "config.json").is_file()
 
 
+def test_resume_after_the_dense_model_was_saved(tiny_options, tmp_path):
+    options = tiny_options | {"save_dense": str(tmp_path / "dense")}
+    first = Compression(prepare(CompressOptions(**options)), "")
+    first.shrink = None  # dies after pruning, when the dense model is written
+    with pytest.raises(TypeError):
+        first.run()
+    assert (tmp_path / "dense" / "config.json").is_file()
+    del first
+    compress(CompressOptions(**options | {"resume": True}), command="")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_half_written_checkpoints_are_ignored(tmp_path):
     from lpaf.retrain.trainer import last_checkpoint
 

@@ -355,7 +355,7 @@ def test_no_network_gives_up_at_once(monkeypatch, tmp_path):
     def no_retries(*_, **__):
         raise AssertionError("load_dataset retries for half a minute")
 
-    monkeypatch.setattr(load, "_hub_answers", lambda _: False)
+    monkeypatch.setattr(load, "hub_has_dataset", lambda _: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", no_retries)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -369,7 +369,7 @@ def test_one_failed_request_means_no_hub(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    assert not load._hub_answers("nyu-mll/glue")
+    assert not load.hub_has_dataset("nyu-mll/glue")
 
 
 def test_offline_mode_without_a_cached_copy(monkeypatch):
@@ -395,7 +395,7 @@ def test_hub_layout(monkeypatch):
     names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
     splits = {name: datasets.Dataset.from_dict(rows, features=features) for name in names}
     asked = []
-    monkeypatch.setattr(load, "_hub_answers", lambda _: True)
+    monkeypatch.setattr(load, "hub_has_dataset", lambda _: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or splits)
     data = load_task("mnli")
     assert asked == [("nyu-mll/glue", "mnli")]

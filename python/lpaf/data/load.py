@@ -17,10 +17,10 @@ from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..hub import hub_has_dataset
 from .files import SUFFIXES, Row, bad_row, read_rows
 from .tasks import TaskSpec, get_task
 
-HUB_TIMEOUT = 10.0
 _TOKENIZE_CHUNK = 2000
 _MIN_LENGTH = 4
 _WHOLE = re.compile(r"-?[0-9]+")
@@ -258,7 +258,7 @@ def _from_hub(spec: TaskSpec) -> Mapping[str, Dataset]:
         "--data-dir with train and validation files (csv, json, jsonl or parquet)"
     )
     # `load_dataset` retries for half a minute; one request with a time limit tells whether that can succeed.
-    if not datasets.config.HF_HUB_OFFLINE and not _hub_answers(repository):
+    if not datasets.config.HF_HUB_OFFLINE and not hub_has_dataset(repository):
         cached = Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___") / configuration
         if not cached.is_dir():
             raise failure
@@ -266,16 +266,6 @@ def _from_hub(spec: TaskSpec) -> Mapping[str, Dataset]:
         return datasets.load_dataset(repository, configuration)
     except Exception as error:  # the Hub's client raises its own, its HTTP library's and datasets' errors
         raise failure from error
-
-
-def _hub_answers(repository: str) -> bool:
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
-    except Exception:  # any failure means the same here: this machine gets nothing from the Hub
-        return False
-    return True
 
 
 @dataclass(frozen=True)

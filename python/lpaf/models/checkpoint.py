@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
+from ..hub import hub_has_model
 from .quantizer import QUANT_METHOD, compression_config
-
-#: seconds that the Hub may take to say whether it has a model
-HUB_TIMEOUT = 10
 
 #: short name -> (package that carries the checkpoint, folder in it, name on the Hub)
 BUILTIN_MODELS = {
@@ -87,7 +84,7 @@ def load_config(model: str, flag: str = "--model") -> Any:
     elif os.sep in model and (model.startswith((os.sep, ".")) or model.count("/") > 1):
         raise InputError(f"{flag} {model}: no such directory")
     try:
-        if not path.is_dir() and not _hub_answers(source):
+        if not path.is_dir() and not hub_has_model(source):
             return AutoConfig.from_pretrained(source, local_files_only=True)
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -97,15 +94,6 @@ def load_config(model: str, flag: str = "--model") -> Any:
             f"{flag} {model}: neither a directory nor a model that the Hub has or can be asked for; pass a model "
             f"directory, or one of {', '.join(BUILTIN_MODELS)}"
         ) from None
-
-
-def _hub_answers(model: str) -> bool:
-    """Whether the Hub has ``model``; one request with a time limit, where from_pretrained retries for half a minute."""
-    try:
-        HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except Exception:  # any failure means the same here: this machine gets nothing from the Hub
-        return False
-    return True
 
 
 def is_compressed(config: Any) -> bool:

@@ -88,7 +88,8 @@ def prepare(options: CompressOptions) -> Prepared:
     check_size(options.rank, options.ratio)
     check_output(Path(options.output), options.overwrite)
     if options.save_dense is not None:
-        check_output(Path(options.save_dense), options.overwrite, flag="--save-dense")
+        # an interrupted run may have written it
+        check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
     config = load_config(options.model)
     if is_compressed(config):
         raise InputError(
@@ -173,7 +174,6 @@ class Compression:
         self.seconds: dict[str, float] = {}
         self.details: dict[str, dict[str, dict[str, float]]] = {}
         self.history: dict[str, list[dict[str, float]]] = {}
-        self.pruned_scores: dict[str, torch.Tensor] | None = None
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class Compression:
                 resume=self.workspace.resuming,
             )
 
-    def finished(self, stage: str, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    def finished(self, stage: str) -> dict[str, torch.Tensor] | None:
         """The tensors that :meth:`finish` stored for ``stage`` in an earlier session, or None; restores its records."""
         record = self.workspace.load(stage)
         if record is None:
@@ -264,7 +264,7 @@ class Compression:
     def finetune(self) -> nn.Module:
         """The dense fine-tuned model."""
         model = self.prepared.model.to(self.prepared.device)
-        state = self.finished("finetune", model)
+        state = self.finished("finetune")
         if state is not None:
             model.load_state_dict(state)
             return model
@@ -289,7 +289,7 @@ class Compression:
         method, options = self.prepared.method, self.options
         if method.pruner is None:
             return None
-        state = self.finished("prune", model)
+        state = self.finished("prune")
         if state is None:
             pruner = PRUNERS[method.pruner](
                 keep=options.keep,
