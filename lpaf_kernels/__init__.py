@@ -14,6 +14,7 @@ from .ops.keep_threshold import KeepThreshold, keep_threshold
 from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
 from .ops.masked_linear import masked_linear
 from .ops.weighted_svd import weighted_svd
+from .tuning.dispatch import explain, use_provider
 
 __all__ = [
     "KeepThreshold",
@@ -24,11 +25,13 @@ __all__ = [
     "build_info",
     "clear_paths",
     "draw_paths",
+    "explain",
     "keep_threshold",
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
     "swap_linears",
+    "use_provider",
     "weighted_svd",
 ]
 

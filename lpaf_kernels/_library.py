@@ -30,6 +30,8 @@ SCHEMAS = (
     "lowrank_sparse_linear_backward(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
     " Tensor saved, str activation, bool[4] needs)"
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
+    "lowrank_sparse_linear_forward(Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor? bias, bool keep_z)"
+    " -> (Tensor y, Tensor z)",
     "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
 )
 
@@ -73,9 +75,9 @@ def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
-def register_fallback(name: str, kernel: Callable) -> None:
-    """Register ``kernel`` for the CPU and CUDA keys of operator ``name`` that no native library serves."""
-    for key in ("CPU", "CUDA"):
+def register_fallback(name: str, kernel: Callable, keys: tuple[str, ...] = ("CPU", "CUDA")) -> None:
+    """Register ``kernel`` for those of the dispatch ``keys`` of operator ``name`` that no native library serves."""
+    for key in keys:
         if not has_kernel(name, key):
             library.impl(name, kernel, key)
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import library, register_autocast, register_fallback
+from .._library import has_kernel, library, register_autocast, register_fallback
+from ..tuning import lowrank_sparse_linear as plans
 from ._checks import check_device, check_floating, check_shape
 
 aten = torch.ops.aten
@@ -14,6 +15,10 @@ aten = torch.ops.aten
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
 # Backward of these needs the activation's result only, of the others its input.
 _FROM_RESULT = ("relu", "tanh")
+# csrc/cpu/lowrank_sparse_linear.cpp: float32 only, the other dtypes run through ATen.
+_HAS_NATIVE = has_kernel("lowrank_sparse_linear_forward", "CPU")
+_native_forward = torch.ops.lpaf_kernels.lowrank_sparse_linear_forward.default
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def lowrank_sparse_linear(
@@ -82,6 +87,26 @@ def packed_lowrank_sparse_linear(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
     """
+    if (
+        _HAS_NATIVE
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and type(down) in _PLAIN_TYPES
+        and type(up) in _PLAIN_TYPES
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and (activation is None or activation in ACTIVATIONS)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        # The kernel checks dtypes, shapes and devices itself, in less time than it takes here. What it
+        # refuses comes to the checks below, which say why.
+        try:
+            y, _ = _native_forward(x, down, up, kept, bias, False)
+        except (RuntimeError, TypeError):
+            pass
+        else:
+            return y if activation is None or activation == "none" else _activate_(y, activation)
     check_floating("x", x)
     check_floating("down", down)
     check_floating("up", up)
@@ -125,7 +150,7 @@ def packed_lowrank_sparse_linear(
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
     if direct:
         # Nothing to record or trace: the same kernel without the dispatcher's Python round trip.
-        return _forward(x, down, up, kept, bias, activation)[0]
+        return _forward(x, down, up, kept, bias, activation, False)[0]
     training = torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -203,7 +228,18 @@ def _activation_grad(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
 
 
 def _forward(
-    x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None, activation: str
+    x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None, activation: str, keep_z: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and z = x down^T [rows, r + kept] or, where it is not to be kept, an empty tensor."""
+    if _HAS_NATIVE and x.dtype == torch.float32 and x.is_cpu:
+        y, z = _native_forward(x, down, up, kept, bias, keep_z)
+    else:
+        y, z = _lowrank_sparse_linear_forward(x, down, up, kept, bias, keep_z)
+    return y if activation == "none" else _activate_(y, activation), z
+
+
+def _lowrank_sparse_linear_forward(
+    x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None, keep_z: bool
 ) -> tuple[Tensor, Tensor]:
     """One GEMM reads x once for u and s; the second starts from the bias; S joins at its columns: y and z."""
     rank, out_features = up.shape
@@ -213,9 +249,12 @@ def _forward(
     if kept is not None:
         # Row by row, which index_add_ along columns is not (20 times slower at 1536 outputs).
         y.scatter_add_(1, _columns(kept, z), z[:, rank:])
-    if activation != "none":
-        y = _activate_(y, activation)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)), z
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)), z if keep_z else x.new_empty(0)
+
+
+def _lowrank_sparse_linear_forward_fake(x, down, up, kept, bias, keep_z):
+    y, _, _ = _lowrank_sparse_linear_fake(x, down, up, kept, bias, "none", False)
+    return y, x.new_empty((_rows(x), down.shape[0]) if keep_z else 0)
 
 
 def _columns(kept: Tensor, z: Tensor) -> Tensor:
@@ -232,27 +271,45 @@ def _lowrank_sparse_linear(
     activation: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    keep_z = training and _saves_z(down)
     if training and _saves_pre(activation):
-        pre, z = _forward(x, down, up, kept, bias, "none")
+        pre, z = _forward(x, down, up, kept, bias, "none", keep_z)
         return _activate_(pre.clone(), activation), z, pre
-    y, z = _forward(x, down, up, kept, bias, activation)
-    return y, z if training else x.new_empty(0), x.new_empty(0)
+    y, z = _forward(x, down, up, kept, bias, activation, keep_z)
+    return y, z, x.new_empty(0)
 
 
 def _saves_pre(activation: str) -> bool:
     return activation != "none" and activation not in _FROM_RESULT
 
 
+def _saves_z(down: Tensor) -> bool:
+    """Whether forward saves z for d up = z^T dy, or backward computes it again from x, which is saved anyway.
+
+    Per row and in entries: saving writes r + kept and reads them back, of which the write is what recomputing
+    would not need; recomputing reads in_features of x a second time. So z is saved iff r + kept < in_features.
+    """
+    columns, in_features = down.shape
+    return columns < in_features
+
+
 def _lowrank_sparse_linear_fake(x, down, up, kept, bias, activation, training):
     lead, out_features = x.shape[:-1], up.shape[1]
-    rows = 1
-    for size in lead:
-        rows = rows * size
+    # The kernels keep the rows of z padded to whole 16-byte pieces.
+    columns = plans.pitch(down.shape[0]) if x.device.type == "cuda" else down.shape[0]
     return (
         x.new_empty((*lead, out_features)),
-        x.new_empty((rows, down.shape[0]) if training else 0),
+        x.new_empty((_rows(x), columns) if training and _saves_z(down) else 0),
         x.new_empty((*lead, out_features) if training and _saves_pre(activation) else 0),
     )
+
+
+def _rows(x: Tensor) -> int:
+    """Of x as a matrix (a loop, because it must also run on symbolic sizes)."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return rows
 
 
 def _lowrank_sparse_linear_backward(
@@ -270,20 +327,22 @@ def _lowrank_sparse_linear_backward(
     if activation != "none":
         grad = _activation_grad(grad, saved, activation)
     grad = grad.reshape(-1, out_features)
+    rows = x.reshape(-1, down.shape[1])
     d_x, d_down, d_up, d_bias = (grad.new_empty(0) for _ in range(4))
     if needs[0] or needs[1]:
         if kept is None:
             d_z = grad @ up.t()
         else:
-            d_z = torch.empty_like(z)
+            d_z = grad.new_empty(grad.shape[0], down.shape[0])
             torch.mm(grad, up.t(), out=d_z[:, :rank])
-            torch.gather(grad, 1, _columns(kept, z), out=d_z[:, rank:])
+            torch.gather(grad, 1, _columns(kept, d_z), out=d_z[:, rank:])
         if needs[0]:
             d_x = (d_z @ down).view(x.shape)
         if needs[1]:
-            d_down = d_z.t() @ x.reshape(-1, down.shape[1])
+            d_down = d_z.t() @ rows
     if needs[2]:
-        d_up = z[:, :rank].t() @ grad
+        low = z[:, :rank] if _saves_z(down) else F.linear(rows, down[:rank])
+        d_up = low.t() @ grad
     if needs[3]:
         d_bias = grad.sum(0)
     return d_x, d_down, d_up, d_bias
@@ -333,16 +392,30 @@ def _cast(dtype, x, down, up, kept, bias, activation, training):
     )
 
 
-for _name, _kernel, _fake in (
-    ("lowrank_sparse_linear", _lowrank_sparse_linear, _lowrank_sparse_linear_fake),
+def _cuda_backward(grad, x, down, up, kept, z, saved, activation, needs):
+    """The Triton kernels where the tables prefer them, else the same products as everywhere."""
+    grads = plans.cuda_backward(grad, x, down, up, kept, z, saved, activation, needs)
+    if grads is None:
+        return _lowrank_sparse_linear_backward(grad, x, down, up, kept, z, saved, activation, needs)
+    return grads
+
+
+for _name, _kernel, _cuda_kernel, _fake in (
+    ("lowrank_sparse_linear", _lowrank_sparse_linear, plans.cuda_forward, _lowrank_sparse_linear_fake),
     (
         "lowrank_sparse_linear_backward",
         _lowrank_sparse_linear_backward,
+        _cuda_backward,
         _lowrank_sparse_linear_backward_fake,
     ),
 ):
-    register_fallback(_name, _kernel)
+    register_fallback(_name, _kernel, ("CPU",))
+    register_fallback(_name, _cuda_kernel, ("CUDA",))
     torch.library.register_fake(f"lpaf_kernels::{_name}", _fake, lib=library)
+register_fallback("lowrank_sparse_linear_forward", _lowrank_sparse_linear_forward)
+torch.library.register_fake(
+    "lpaf_kernels::lowrank_sparse_linear_forward", _lowrank_sparse_linear_forward_fake, lib=library
+)
 torch.library.register_autograd(
     "lpaf_kernels::lowrank_sparse_linear", _backward, setup_context=_setup_context, lib=library
 )

@@ -22,11 +22,13 @@ PUBLIC = [
     "build_info",
     "clear_paths",
     "draw_paths",
+    "explain",
     "keep_threshold",
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
     "swap_linears",
+    "use_provider",
     "weighted_svd",
 ]
 

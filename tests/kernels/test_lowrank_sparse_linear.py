@@ -62,26 +62,33 @@ def make(lead, d_in, d_out, rank, kept, bias, dtype=torch.float32):
     return x, down, up, positions, b
 
 
+def differentiate(function, inputs, kept, activation, grad, dtype) -> list[torch.Tensor]:
+    """function's result and its gradients for (x, down, up, bias or None), in ``dtype``."""
+    x, down, up, bias = (None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs)
+    y = function(x, down, up, kept, bias, activation)
+    leaves = [t for t in (x, down, up, bias) if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(case, dtype, assert_accurate):
     for activation in ACTIVATIONS:
-        x, down, up, kept, bias = make(*case, dtype=dtype)
-        inputs = [tensor for tensor in (x, down, up, bias) if tensor is not None]
-        y = packed_lowrank_sparse_linear(x, down, up, kept, bias, activation)
-        grad = torch.randn(y.shape).to(dtype)
-        actual = [y, *torch.autograd.grad(y, inputs, grad)]
-
-        def differentiate(dtype, inputs=inputs, grad=grad, kept=kept, bias=bias, activation=activation):
-            x, down, up, *rest = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
-            y = chain(x, down, up, kept, rest[0] if bias is not None else None, activation)
-            leaves = [x, down, up, *rest]
-            return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
-
-        for result, by_hand, exact in zip(actual, differentiate(dtype), differentiate(torch.float64), strict=True):
-            assert_accurate(result, by_hand, exact)
-        with torch.no_grad():
-            torch.testing.assert_close(packed_lowrank_sparse_linear(x, down, up, kept, bias, activation), y.detach())
+        draws = []
+        # The largest error of a handful of entries is a matter of luck: several draws are measured together.
+        for _ in range(4):
+            x, down, up, kept, bias = make(*case, dtype=dtype)
+            inputs = (x, down, up, bias)
+            grad = torch.randn(*case[0], case[2]).to(dtype)
+            actual = differentiate(packed_lowrank_sparse_linear, inputs, kept, activation, grad, dtype)
+            by_hand = differentiate(chain, inputs, kept, activation, grad, dtype)
+            exact = differentiate(chain, inputs, kept, activation, grad, torch.float64)
+            draws.append((actual, by_hand, exact))
+            with torch.no_grad():
+                y = packed_lowrank_sparse_linear(x, down, up, kept, bias, activation)
+            torch.testing.assert_close(y, actual[0])
+        for results in zip(*(zip(*draw, strict=True) for draw in draws), strict=True):
+            assert_accurate(*(torch.stack(same) for same in zip(*results, strict=True)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

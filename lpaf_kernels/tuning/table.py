@@ -1,0 +1,192 @@
+"""Tables of measured plans: JSON files, one per GPU, looked up by shape and by the nearest row count.
+
+Format 1::
+
+    {"format": 1, "gpu": "NVIDIA H100 80GB HBM3", "triton": "3.6", "torch": "2.11.0+cu130", "driver": "580.159.04",
+     "measured": "2026-11-21T12:00:00Z", "commit": "5583c48",
+     "entries": [{"op": "lowrank_sparse_linear", "direction": "forward", "dtype": "bfloat16",
+                  "in": 768, "out": 3072, "rank": 80, "kept": 154,
+                  "rows": {"16": [["one_kernel", ["one_kernel-16x64x128-w4-s3-p0-r144"], 3.1], ["chain", [], 5.0]]}}]}
+
+Each list of plans is ordered, the fastest first: (provider, launch names, microseconds). The default table has
+"gpu": "*" and "rules" in place of entries, see :class:`Rule`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = 1
+# A shape that was not measured takes the plans of the nearest one that was, if every size is within this factor.
+NEAREST_FACTOR = 1.5
+
+
+class Plan(NamedTuple):
+    """One way to run an operator: the provider, the names of its launches, and the measured time (None: a rule)."""
+
+    provider: str
+    launches: tuple[str, ...] = ()
+    microseconds: float | None = None
+
+
+class Shape(NamedTuple):
+    """What a plan depends on besides the row count."""
+
+    op: str
+    direction: str
+    dtype: str
+    in_features: int
+    out_features: int
+    rank: int
+    kept: int
+
+    @property
+    def kind(self) -> tuple:
+        """What must be equal for two shapes to be compared at all."""
+        return self.op, self.direction, self.dtype, self.kept > 0
+
+    def distance(self, other: Shape) -> float:
+        """The largest factor between two sizes of the shapes, as a logarithm."""
+        mine = (self.in_features, self.out_features, self.rank + 1, self.kept + 1)
+        theirs = (other.in_features, other.out_features, other.rank + 1, other.kept + 1)
+        return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Plans of the default table for every shape that fits; a field of None fits all.
+
+    Args:
+        direction: "forward", "training" or "backward".
+        kept: whether there are kept columns.
+        archs: compute capabilities times ten (80, 90, 100); a newer GPU counts as the newest listed one.
+        dtypes: names.
+        rows: [first, last] row counts, last of None: no end.
+        plans: as in an entry, without times.
+    """
+
+    direction: str
+    plans: tuple[Plan, ...]
+    kept: bool | None = None
+    archs: tuple[int, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    rows: tuple[int, int | None] = (0, None)
+
+    def fits(self, shape: Shape, arch: int) -> bool:
+        return (
+            shape.direction == self.direction
+            and (self.kept is None or self.kept == (shape.kept > 0))
+            and (self.archs is None or arch in self.archs)
+            and (self.dtypes is None or shape.dtype in self.dtypes)
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The plans of one shape by row count: ``plans[i]`` serves rows up to ``limits[i]``, the last one all beyond."""
+
+    limits: tuple[float, ...]
+    plans: tuple[tuple[Plan, ...], ...]
+    rows: tuple[int, ...]
+    reason: str
+
+    def at(self, rows: int) -> tuple[Plan, ...]:
+        return self.plans[bisect_left(self.limits, rows)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One loaded file.
+
+    Raises (from :meth:`load`):
+        ValueError: the file is no table of this format; the message names the file and what is wrong.
+    """
+
+    path: str
+    gpu: str
+    triton: str
+    entries: dict[Shape, dict[int, tuple[Plan, ...]]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Table:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r}, expected {FORMAT}")
+            entries: dict[Shape, dict[int, tuple[Plan, ...]]] = {}
+            for entry in data.get("entries", ()):
+                sizes = (int(entry[key]) for key in ("in", "out", "rank", "kept"))
+                shape = Shape(entry["op"], entry["direction"], entry["dtype"], *sizes)
+                entries[shape] = {int(rows): _plans(plans) for rows, plans in entry["rows"].items()}
+                if not entries[shape] or not all(entries[shape].values()):
+                    raise ValueError(f"an entry without plans: {shape}")
+            rules = tuple(_rule(rule) for rule in data.get("rules", ()))
+            return cls(str(path), data["gpu"], data.get("triton", "*"), entries, rules)
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"missing {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}: not a tuning table of format {FORMAT}: {what}") from error
+
+    def rejects(self, gpu: str, triton: str) -> str | None:
+        """Why this table must not be used on ``gpu`` with ``triton`` (major.minor), or None."""
+        if self.gpu not in ("*", gpu):
+            return f"it was measured on {self.gpu}, this is {gpu}"
+        if self.triton not in ("*", triton):
+            return f"it was measured with Triton {self.triton}, this is {triton}"
+        return None
+
+    def resolve(self, shape: Shape, arch: int) -> Resolved | None:
+        """The plans of ``shape``: its own entry, that of the nearest shape, or the rules; None if nothing fits."""
+        name = Path(self.path).name
+        if shape in self.entries:
+            return by_rows(self.entries[shape], f"{name}, measured")
+        near = min((known for known in self.entries if known.kind == shape.kind), key=shape.distance, default=None)
+        if near is not None and shape.distance(near) <= math.log(NEAREST_FACTOR):
+            sizes = f"{near.in_features}->{near.out_features} rank {near.rank} kept {near.kept}"
+            return by_rows(self.entries[near], f"{name}, measured on the nearest shape {sizes}")
+        listed = [known for rule in self.rules for known in rule.archs or ()]
+        arch = min(arch, max(listed)) if listed else arch
+        rules = sorted((rule for rule in self.rules if rule.fits(shape, arch)), key=lambda rule: rule.rows[0])
+        if not rules:
+            return None
+        limits = tuple(float(rule.rows[1]) for rule in rules[:-1] if rule.rows[1] is not None)
+        return Resolved(limits, tuple(rule.plans for rule in rules), (), f"{name}, a rule")
+
+
+def by_rows(plans: dict[int, tuple[Plan, ...]], reason: str) -> Resolved:
+    """Plans that change halfway, in log space, between two measured row counts."""
+    rows = sorted(plans)
+    limits = tuple(math.sqrt(a * b) for a, b in pairwise(rows))
+    return Resolved(limits, tuple(plans[count] for count in rows), tuple(rows), reason)
+
+
+def to_json(entries: dict[Shape, dict[int, tuple[Plan, ...]]], meta: dict[str, Any]) -> str:
+    """The text of a table: ``meta`` (gpu, triton, ...) and ``entries``, one line per row count."""
+    lines = []
+    for shape in sorted(entries):
+        fields = {"op": shape.op, "direction": shape.direction, "dtype": shape.dtype}
+        fields |= {"in": shape.in_features, "out": shape.out_features, "rank": shape.rank, "kept": shape.kept}
+        rows = ",\n    ".join(f'"{rows}": {json.dumps(plans)}' for rows, plans in sorted(entries[shape].items()))
+        lines.append(f'  {json.dumps(fields)[:-1]}, "rows": {{\n    {rows}}}}}')
+    head = json.dumps({"format": FORMAT, **meta}, indent=1)[:-2]
+    body = ",\n".join(lines)
+    return f'{head},\n "entries": [\n{body}\n]}}\n'
+
+
+def _plans(plans: Iterable[list]) -> tuple[Plan, ...]:
+    return tuple(Plan(provider, tuple(launches), *time) for provider, launches, *time in plans)
+
+
+def _rule(rule: dict[str, Any]) -> Rule:
+    known = {"direction", "kept", "archs", "dtypes", "rows", "plans"}
+    if set(rule) - known:
+        raise ValueError(f"a rule with unknown fields {sorted(set(rule) - known)}")
+    fields = {key: tuple(rule[key]) for key in ("archs", "dtypes", "rows") if key in rule}
+    return Rule(rule["direction"], _plans(rule["plans"]), rule.get("kept"), **fields)

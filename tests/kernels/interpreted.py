@@ -1,0 +1,131 @@
+"""Kernels run by Triton's interpreter on the CPU, in a process of their own: it must be chosen before triton loads."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accuracy import check_accurate
+from lpaf_kernels.triton.launch import LAUNCHES, Launch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
+# Beside the shipped ones: tiles so small that small problems have many, and splits.
+TINY = {
+    "project": [Launch("project", 16, 0, 16, 4, 1), Launch("project", 16, 0, 16, 4, 1, splits=3, max_width=32)],
+    "expand": [Launch("expand", 16, 16, 16, 4, 1), Launch("expand", 16, 32, 32, 4, 1)],
+    "one_kernel": [Launch("one_kernel", 16, 16, 16, 4, 1, splits=1), Launch("one_kernel", 16, 16, 32, 4, 1, splits=3)],
+    "outer": [Launch("outer", 0, 16, 16, 4, 1, splits=2), Launch("outer", 0, 32, 16, 4, 1, max_width=48)],
+}
+
+
+def start_process() -> None:
+    """What the child process does first."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+
+
+def act(y: Tensor, activation: str) -> Tensor:
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return {"none": lambda t: t, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}[activation](y)
+
+
+def chain(
+    x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, the activation's input and the result, as torch computes them."""
+    z = F.linear(x, down)
+    pre = F.linear(z[:, : up.shape[0]], up.t(), bias)
+    if kept is not None:
+        pre = pre.index_add(1, kept, z[:, up.shape[0] :])
+    return z, pre, act(pre, activation)
+
+
+def draw_launch(kernel: str, seed: int) -> Launch:
+    """Every other time a shipped one, all of them in turn."""
+    if seed % 2:
+        return TINY[kernel][seed // 2 % len(TINY[kernel])]
+    shipped = [launch for launch in LAUNCHES.values() if launch.kernel == kernel]
+    return shipped[seed // 2 % len(shipped)]
+
+
+def check_lowrank_sparse_linear(seed: int) -> None:
+    """Forward by both ways and backward of one drawn problem, against float64 and within twice the chain's error."""
+    from lpaf_kernels.triton import lowrank_sparse_linear as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    activation = draw.choice(ACTIVATIONS)
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, d_out = draw.randint(1, 70), draw.randint(2, 90)
+    rank = draw.choice([0, 1, 7, 16, 20, 41, 80, draw.randint(1, 150)])
+    kept = draw.choice([0, 0, 1, d_out // 2, d_out])
+    if rank + kept == 0:
+        rank = 3
+    if rank == 0:
+        activation = "none"  # its derivative would go the chain's way
+    x = torch.randn(rows, d_in).to(dtype)
+    if draw.random() < 0.3:  # rows apart in memory
+        x = torch.randn(rows, 2 * d_in + 3).to(dtype)[:, 1 : d_in + 1]
+    down = (torch.randn(rank + kept, d_in) / d_in**0.5).to(dtype)
+    up = (torch.randn(rank, d_out) / max(rank, 1) ** 0.5).to(dtype)
+    index = draw.choice([torch.int32, torch.int64])
+    positions = torch.randperm(d_out)[:kept].sort().values.to(index) if kept else None
+    bias = torch.randn(d_out).to(dtype) if draw.random() < 0.7 else None
+    z_chain, pre_chain, y_chain = chain(x, down, up, positions, bias, activation)
+    wide = [None if t is None else t.double() for t in (x, down, up, bias)]
+    z_exact, pre_exact, y_exact = chain(wide[0], wide[1], wide[2], positions, wide[3], activation)
+    save_pre = activation in ("gelu", "gelu_tanh", "silu")
+
+    z, splits, _ = kernels.project(x, down, draw_launch("project", seed))
+    y, pre = kernels.expand(z, splits, up, dtype, draw_launch("expand", seed), positions, bias, activation, save_pre)
+    check_accurate(y, y_chain, y_exact)
+    launch = draw_launch("one_kernel", seed)
+    if rank + kept <= launch.max_width:
+        y, z, pre = kernels.one_kernel(x, down, up, launch, positions, bias, activation, True, save_pre)
+        check_accurate(y, y_chain, y_exact)
+    else:
+        z, splits, _ = kernels.project(x, down, draw_launch("project", seed), keep_splits=False)
+        assert splits == 1
+    check_accurate(z[:, : rank + kept], z_chain, z_exact)
+    if save_pre:
+        check_accurate(pre, pre_chain, pre_exact)
+
+    # The backward starts from what torch's forward in this dtype saved; all of the derivative is taken there.
+    grad = torch.randn(rows, d_out).to(dtype)
+    z = torch.empty_like(z)  # the padding of the rows is NaN
+    z[:, : rank + kept] = z_chain
+    saved = None if activation == "none" else (pre_chain if save_pre else y_chain)
+    d_z, _, d_pre = kernels.project(
+        grad, up, draw_launch("project", seed), positions, saved, activation, keep_splits=False
+    )
+    d_x, _ = kernels.expand(d_z, 1, down, dtype, draw_launch("expand", seed + 1))
+    d_down, _ = kernels.outer(d_z, rank + kept, x, draw_launch("outer", seed))
+    d_up, d_bias = kernels.outer(z, rank, d_pre, draw_launch("outer", seed + 1), True)
+    references = []
+    for to in (dtype, torch.float64):
+        g = grad.to(to)
+        if activation != "none":
+            leaf = pre_chain.to(to).requires_grad_()
+            (g,) = torch.autograd.grad(act(leaf, activation), leaf, g)
+        dz = g @ up.to(to).t()
+        if kept:
+            dz = torch.cat([dz, g.index_select(1, positions)], 1)
+        low = z_chain.to(to)[:, :rank]
+        references.append((dz @ down.to(to), dz.t() @ x.to(to), low.t() @ g, g.sum(0)))
+    for actual, chained, exact in zip((d_x, d_down, d_up, d_bias), *references):
+        check_accurate(actual, chained, exact)
+
+
+def is_interpreting() -> bool:
+    import triton
+
+    from lpaf_kernels.triton import lowrank_sparse_linear as kernels
+
+    return not isinstance(kernels._project, triton.JITFunction)
