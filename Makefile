@@ -1,12 +1,15 @@
 # make demo   environment, build, and the main job on the built-in default
 # make test   environment, build, and the test suite
+# make bench  environment, build, and the CPU benchmarks (under 10 minutes on 2 cores)
+# make gpu-check [DRY=1]      build, test, measure and tune on a GPU; no network, no environment of its own, 9 minutes
+# make gpu-bench SLICE=i/n    a slice of the full grid on a GPU; goes on where it stopped
 PYTHON  ?= python3
 VENV    ?= .venv
 TORCH   ?= torch==2.13.0
 EDITABLE ?= -e
 BIN     := $(VENV)/bin
 
-.PHONY: env demo demo-quick test test-all lint format clean
+.PHONY: env demo demo-quick test test-all lint format bench gpu-check gpu-bench clean
 
 # Installed anew when what it is built from changes.
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -40,6 +43,21 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# More of pytest's and the benchmarks' options, such as BENCH="--only 768x3072".
+BENCH ?=
+
+bench: env
+	$(BIN)/python -m pytest benchmarks/bench_linear.py -q --benchmark-quiet --benchmark-disable-gc $(BENCH)
+
+# These two run in $(PYTHON) as it is: a machine with a GPU may have no network.
+gpu-check:
+	$(PYTHON) -m benchmarks gpu-check $(if $(DRY),--dry)
+
+SLICE     ?= 1/1
+PROVIDERS ?= default
+gpu-bench:
+	$(PYTHON) -m benchmarks run --device cuda --cases full --slice $(SLICE) --providers $(PROVIDERS) --resume --budget 500
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs lpaf_kernels/*.so

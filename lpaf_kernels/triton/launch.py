@@ -13,6 +13,8 @@ import torch
 # Rank columns that a program can hold: 256 + 16, the two parts of rank 260.
 MAX_WIDTH = 272
 GRANULE = 16
+# Taller tiles do not add up splits: their float32 parts would not fit into shared memory, and need no splits.
+MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 

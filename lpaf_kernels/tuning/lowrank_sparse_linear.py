@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..triton.launch import LAUNCHES, Launch, default_launch, pitch
+from ..triton.launch import LAUNCHES, MAX_SPLIT_ROWS, Launch, default_launch, pitch
 from . import dispatch
 from .table import Plan, Shape
 
@@ -77,7 +77,8 @@ def forward(plan: Plan, problem: Problem, training: bool, save_pre: bool, arch: 
         from ..triton import lowrank_sparse_linear as kernels
 
         first, second = launches(plan, ("project", "expand"), rows, width, arch)
-        z, splits, _ = kernels.project(x, down, first, keep_splits=not training)
+        keep_splits = not training and second.block_m <= MAX_SPLIT_ROWS
+        z, splits, _ = kernels.project(x, down, first, keep_splits=keep_splits)
         y, pre = kernels.expand(z, splits, up, x.dtype, second, kept, bias, activation, save_pre)
         return y, z if training else x.new_empty(0), pre
     if plan.provider == "dense":

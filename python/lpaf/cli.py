@@ -140,7 +140,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--model", metavar="DIR", help="model directory, compressed or dense")
+    task.add_argument("--plot", metavar="ROWS", help="draw the rows of python -m benchmarks run instead of timing")
+    parser.add_argument("--output", metavar="DIR", help="folder for the pictures of --plot (default: beside ROWS)")
     parser.add_argument(
         "--against",
         metavar="DIR_OR_NAME",
@@ -158,6 +161,16 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
+    if arguments.plot is not None:
+        from .report.bench_figures import write_bench_pictures
+
+        rows = Path(arguments.plot)
+        written = write_bench_pictures(rows, Path(arguments.output) if arguments.output else rows.parent)
+        for file, caption in written.items():
+            print(f"{file}\n  {caption}")
+        return
+    if arguments.output is not None:
+        raise InputError("--output: is for --plot; times are printed, with --json as JSON")
     from .evaluate.bench import bench, bench_lines
     from .report.terminal import bench_table, show
 

@@ -54,8 +54,13 @@ def draw_launch(kernel: str, seed: int) -> Launch:
     return shipped[seed // 2 % len(shipped)]
 
 
-def check_lowrank_sparse_linear(seed: int) -> None:
+def check_lowrank_sparse_linear(seed: int, device: str = "cpu") -> None:
     """Forward by both ways and backward of one drawn problem, against float64 and within twice the chain's error."""
+    with torch.device(device):
+        _check(seed)
+
+
+def _check(seed: int) -> None:
     from lpaf_kernels.triton import lowrank_sparse_linear as kernels
 
     draw = random.Random(seed)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -12,25 +12,23 @@ import pytest
 import torch
 
 import interpreted
-from lpaf_kernels.triton.launch import LAUNCHES, MAX_WIDTH, Launch, default_launch, pitch, split_depth, split_width
+from accuracy import check_accurate
+from lpaf_kernels import LowRankSparseLinear, use_provider
+from lpaf_kernels.triton.launch import LAUNCHES, MAX_WIDTH, Launch, default_launch, split_depth, split_width
+from lpaf_kernels.triton.shipped import ALL_CASES, CORE_CASES, SHAPES, calls, faults
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Callable]:
-    """Run a function of :mod:`interpreted` in a process whose triton interprets."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
-            yield lambda function, *arguments: pool.submit(function, *arguments).result()
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
+    """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            assert pool.submit(interpreted.is_interpreting).result()
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @needs_triton
@@ -40,9 +38,51 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
-def test_interpreter_runs_interpreted(interpreter: Callable) -> None:
-    """The process above really interprets, or the tests above would need a GPU."""
-    assert interpreter(interpreted.is_interpreting)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(208))
+def test_on_a_gpu(seed: int) -> None:
+    interpreted.check_lowrank_sparse_linear(seed, "cuda")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("provider", ["one_kernel", "two_kernels", "chain", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_operator_on_a_gpu(provider: str, dtype: torch.dtype) -> None:
+    """The operator end to end, as modules call it: forced providers, autograd, a CUDA graph."""
+    torch.manual_seed(0)
+    layer = LowRankSparseLinear(96, 160, 41, 13, activation="gelu", device="cuda", dtype=dtype)
+    with torch.no_grad():
+        layer.down[41:].normal_(std=0.1)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(70, 96, device="cuda", dtype=dtype)
+
+    def run(module: LowRankSparseLinear, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        y = module(x)
+        grad = torch.ones_like(y)
+        return [y, *torch.autograd.grad(y, [x, module.down, module.up, module.bias], grad)]
+
+    expected = run(exact, x.double())
+    with use_provider("chain"):
+        chained = run(layer, x)
+    with use_provider(provider):
+        for actual, chain, wide in zip(run(layer, x), chained, expected):
+            check_accurate(actual, chain, wide)
+        with torch.no_grad():
+            y = layer(x)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                layer(x)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = layer(x)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(captured, y)
 
 
 @pytest.mark.parametrize("kernel", ["project", "expand", "one_kernel", "outer"])
@@ -51,96 +91,37 @@ def test_every_launch_is_drawn(kernel: str) -> None:
     assert {launch for launch in LAUNCHES.values() if launch.kernel == kernel} <= drawn
 
 
-SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
-    (4096, 768, 3072, 80, 154),
-    (4096, 768, 768, 130, 38),
-    (4096, 3072, 768, 260, 0),
-    (16, 768, 768, 20, 77),
-    (128, 4096, 4096, 1024, 410),
-]
-
-
-def launched(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list:
-    """The launches that ``launch`` makes for one shape in a forward and a backward, on meta tensors."""
-    from lpaf_kernels.triton import lowrank_sparse_linear as kernels
-    from lpaf_kernels.triton.launch import recording
-
-    rows, d_in, d_out, rank, kept = shape
-    x, down, up, bias, grad, z = (
-        torch.empty(*size, device="meta", dtype=dtype)
-        for size in (
-            (rows, d_in), (rank + kept, d_in), (rank, d_out), (d_out,), (rows, d_out), (rows, pitch(rank + kept))
-        )
-    )  # fmt: skip
-    positions = torch.empty(kept, device="meta", dtype=torch.int32) if kept else None
-    saved = None if activation == "none" else grad
-    with recording() as calls:
-        if launch.kernel == "project":
-            kernels.project(x, down, launch)
-            kernels.project(grad, up, launch, positions, saved, activation, keep_splits=False)
-        elif launch.kernel == "expand":
-            kernels.expand(z, 1, up, dtype, launch, positions, bias, activation, activation != "none")
-            kernels.expand(z, 1, down, dtype, launch)
-            parts = torch.empty(4, *z.shape, device="meta")
-            kernels.expand(parts, 4, up, dtype, launch, positions, bias)
-        elif launch.kernel == "outer":
-            kernels.outer(z, rank + kept, x, launch)
-            kernels.outer(z, rank, grad, launch, True)
-        elif rank + kept <= launch.max_width:
-            kernels.one_kernel(x, down, up, launch, positions, bias, activation)
-            kernels.one_kernel(x, down, up, launch, positions, bias, activation, True, activation != "none")
-    return calls
+COMPILED = [(name, arch) for name, launch in LAUNCHES.items() for arch in launch.archs]
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
 def test_compiled(name: str, arch: int) -> None:
     """Every shipped launch on every architecture it names: no stack, shared memory fits, its matrix instruction."""
-    check_compiled(name, arch, [(SHAPES[0], torch.bfloat16, "none"), (SHAPES[2], torch.bfloat16, "gelu")])
+    check_compiled(name, arch, CORE_CASES)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
 def test_compiled_at_every_shape(name: str, arch: int) -> None:
-    cases = [(shape, torch.bfloat16, activation) for shape in SHAPES for activation in ("none", "gelu")]
-    check_compiled(name, arch, [*cases, (SHAPES[1], torch.float16, "silu")])
-
-
-def check_compiled(name: str, arch: int, cases: list[tuple]) -> None:
-    from lpaf_kernels.triton.resources import compile_calls
-
-    launch = LAUNCHES[name]
-    if arch not in launch.archs:
-        pytest.skip(f"{name} is not meant for sm_{arch}")
-    calls = [call for case in cases for call in launched(launch, *case)]
-    assert calls or launch.kernel == "one_kernel"
-    for call, used in compile_calls(calls, (arch,)):
-        assert not used.faults(launch.instruction[arch]), (call.grid, call.constants, used)
+    check_compiled(name, arch, ALL_CASES)
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_compiled_tf32(name: str, arch: int) -> None:
-    from lpaf_kernels.triton.resources import compile_calls
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
+def test_compiled_tf32(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    check_compiled(name, arch, [(SHAPES[1], torch.float32, "none")])
 
-    launch = LAUNCHES[name]
-    if arch not in launch.archs:
-        pytest.skip(f"{name} is not meant for sm_{arch}")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        calls = launched(launch, SHAPES[1], torch.float32, "none")
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert all(call.constants["PRECISION"] == "tf32" for call in calls)
-    for call, used in compile_calls(calls, (arch,)):
-        assert not used.faults(), (call.grid, call.constants, used)
+
+def check_compiled(name: str, arch: int, cases: list[tuple]) -> None:
+    compiled = list(faults(name, arch, cases))
+    assert compiled or LAUNCHES[name].max_width < 168  # a one_kernel that holds none of the shapes' ranks
+    for call, found in compiled:
+        assert not found, (call.grid, call.constants)
 
 
 @needs_triton
@@ -149,14 +130,14 @@ def test_resources_see_spills() -> None:
     from lpaf_kernels.triton.resources import compile_calls
 
     huge = Launch("expand", 256, 256, 64, 4, 2)
-    ((_, used), *_) = compile_calls(launched(huge, SHAPES[0], torch.bfloat16, "gelu"), (80,))
+    ((_, used), *_) = compile_calls(calls(huge, SHAPES[0], torch.bfloat16, "gelu"), (80,))
     assert any("stack" in fault for fault in used.faults())
     assert any("wgmma" in fault for fault in used.faults("wgmma"))
 
 
 def test_grid_fits_for_a_million_rows() -> None:
     for launch in LAUNCHES.values():
-        for call in launched(launch, (1 << 20, 4096, 11008, 260, 0), torch.bfloat16, "none"):
+        for call in calls(launch, (1 << 20, 4096, 11008, 260, 0), torch.bfloat16, "none"):
             assert call.grid[0] < 2**31
             assert all(side < 2**16 for side in call.grid[1:])
 

@@ -1,0 +1,209 @@
+"""``python -m benchmarks``: run, table, compare, tune, gpu-check. Run it from the repository's root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from pathlib import Path
+
+from .cases import CASE_SETS, DIRECTIONS, DTYPE_BYTES, LinearCase, parse_slice, select
+from .errors import InputError
+from .rows import read_rows
+from .tables import compare, failures, run_table, summary
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _list(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--cases", type=_list, metavar="SET,SET", help=f"of {', '.join(CASE_SETS)}; default: cpu, or core on CUDA"
+    )
+    parser.add_argument("--slice", default="1/1", metavar="I/N", help="every N-th case from the I-th on")
+    parser.add_argument("--only", metavar="TEXT", help="cases with TEXT in their names")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="default: float32, on CUDA bfloat16")
+    parser.add_argument("--direction", choices=DIRECTIONS, help="replaces that of every case")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument(
+        "--providers", type=_list, default=["default"], metavar="NAME,NAME", help="default, all, or names (see --list)"
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="time a peer's checkout too")
+    parser.add_argument("--threads", type=_threads, default=2, metavar="N", help="CPU threads (default: 2)")
+    parser.add_argument("--case-seconds", type=_positive, metavar="S", help="rounds per case; default: 6, on CUDA 1")
+    parser.add_argument("--budget", type=_positive, metavar="SECONDS", help="begin no case after this")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE/SETS.jsonl")
+    parser.add_argument("--resume", action="store_true", help="skip what FILE has from this code on this machine")
+    parser.add_argument("--list", action="store_true", help="print cases and providers, measure nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .peers import load_peers
+    from .providers import PROVIDERS, choose
+    from .run import default_output, pending, resolve_device, run_cases, start_session
+
+    device = resolve_device(arguments.device)
+    cuda = device.type == "cuda"
+    if not cuda:
+        torch.set_num_threads(arguments.threads)
+    sets = arguments.cases or ["core" if cuda else "cpu"]
+    dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    cases = select(sets, dtype, arguments.direction, arguments.only, parse_slice(arguments.slice))
+    providers = choose(arguments.providers, device, load_peers(arguments.peer))
+    if arguments.list:
+        for case in cases:
+            print(case)
+        for provider in (PROVIDERS | providers).values():
+            mark = "*" if provider.name in providers else " "
+            print(f"{mark} {provider.name}: {provider.summary} ({', '.join(provider.devices)})")
+        return 0
+    session = start_session(device, dtype, providers, print)
+    output = arguments.output or default_output(session.environment, "-".join(sets))
+    if arguments.resume:
+        total, cases = len(cases), pending(cases, output, session)
+        print(f"{total - len(cases)} of {total} cases are in {output}")
+    seconds = arguments.case_seconds or (1.0 if cuda else 6.0)
+    rows = run_cases(cases, session, output, seconds, arguments.budget)
+    if rows:
+        report(rows)
+        print(f"\nrows appended to {output}")
+    return 0
+
+
+def report(rows: list) -> None:
+    """Print the table, what has no time, and the summary."""
+    print("\n" + run_table(rows))
+    for block in (failures(rows), summary(rows)):
+        if block:
+            print("", *block, sep="\n")
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="rows")
+
+
+def table(arguments: argparse.Namespace) -> int:
+    rows = read_rows(arguments.file)
+    first = rows[-1]
+    print(f"{first['device']}, {first['threads']} threads" if first["threads"] else first["device"])
+    report(rows)
+    return 0
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", type=Path, metavar="OLD", help="rows")
+    parser.add_argument("new", type=Path, metavar="NEW", help="rows")
+    parser.add_argument("--threshold", type=_positive, default=1.05, metavar="X", help="times slower (default: 1.05)")
+
+
+def compare_files(arguments: argparse.Namespace) -> int:
+    result = compare(read_rows(arguments.old), read_rows(arguments.new), arguments.threshold)
+    for title, lines in (
+        (f"slower by over {100 * (arguments.threshold - 1):.0f} %", result.slower),
+        ("faster by as much", result.faster),
+        ("only in OLD", result.only_old),
+        ("only in NEW", result.only_new),
+    ):
+        for line in lines:
+            print(f"{title}: {line}")
+    print(f"{result.compared} times compared, {len(result.slower)} slower, {len(result.faster)} faster")
+    return 1 if result.slower else 0
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument("--budget", type=_positive, default=120.0, metavar="SECONDS", help="default: 120")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the table; default: the user's own")
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .run import resolve_device
+
+    if resolve_device(arguments.device).type != "cuda":
+        raise InputError("--device: tuning needs a CUDA device")
+    from lpaf_kernels.tuning import tune_linear
+
+    dtype = arguments.dtype or "bfloat16"
+    found = select(arguments.cases or ["core"], dtype, None, arguments.only, parse_slice(arguments.slice))
+    cases = [case for case in found if isinstance(case, LinearCase)]
+    shapes = list(dict.fromkeys((c.in_features, c.out_features, c.rank, c.kept) for c in cases))
+    rows = sorted({case.rows for case in cases})
+    written = tune_linear(
+        shapes, dtype=getattr(torch, dtype), rows=rows, budget_s=arguments.budget, output=arguments.output
+    )
+    print(f"{len(shapes)} shapes at M = {', '.join(map(str, rows))}: table in {written}")
+    return 0
+
+
+def add_gpu_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry", action="store_true", help="every step up to the launch, on a machine with no GPU")
+    parser.add_argument("--budget", type=_positive, default=540.0, metavar="SECONDS", help="default: 540")
+    parser.add_argument("--skip-build", action="store_true", help="use the native libraries that are there")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE/core.jsonl")
+
+
+def gpu_check(arguments: argparse.Namespace) -> int:
+    from .gpu_check import check
+
+    return check(arguments.dry, arguments.budget, arguments.skip_build, arguments.output)
+
+
+COMMANDS = {
+    "run": (add_run, run, "measure cases and append their rows to a file"),
+    "table": (add_table, table, "print a file's last runs as a table with a summary"),
+    "compare": (add_compare, compare_files, "name what got slower between two files; exit status 1 if anything did"),
+    "tune": (add_tune, tune, "measure which implementation suits each case on this GPU and write the table"),
+    "gpu-check": (add_gpu_check, gpu_check, "build, test, measure, tune and measure again on a GPU"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 something is worse, 2 bad input)."""
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, (add_options, function, words) in COMMANDS.items():
+        sub = commands.add_parser(name, help=words, description=words)
+        sub.set_defaults(function=function)
+        add_options(sub)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.function(parsed)
+    except InputError as error:
+        print(f"python -m benchmarks {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

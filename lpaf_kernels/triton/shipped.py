@@ -1,0 +1,67 @@
+"""Every shipped launch at representative sizes, recorded on meta tensors: what is compiled before it ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, pitch, recording
+
+SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
+    (4096, 768, 3072, 80, 154),
+    (4096, 768, 768, 130, 38),
+    (4096, 3072, 768, 260, 0),
+    (16, 768, 768, 20, 77),
+    (128, 4096, 4096, 1024, 410),
+]
+# (shape, dtype, activation): the fewest that meet every branch, and all of them.
+CORE_CASES = [(SHAPES[0], torch.bfloat16, "none"), (SHAPES[2], torch.bfloat16, "gelu")]
+ALL_CASES = [
+    *((shape, torch.bfloat16, activation) for shape in SHAPES for activation in ("none", "gelu")),
+    (SHAPES[1], torch.float16, "silu"),
+]
+
+
+def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
+    """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank."""
+    from . import lowrank_sparse_linear as kernels
+
+    rows, d_in, d_out, rank, kept = shape
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(*size, device="meta", dtype=dtype)
+
+    x, down, up, bias = empty(rows, d_in), empty(rank + kept, d_in), empty(rank, d_out), empty(d_out)
+    grad, z = empty(rows, d_out), empty(rows, pitch(rank + kept))
+    positions = torch.empty(kept, device="meta", dtype=torch.int32) if kept else None
+    saved = None if activation == "none" else grad
+    with recording() as recorded:
+        if launch.kernel == "project":
+            kernels.project(x, down, launch)
+            kernels.project(grad, up, launch, positions, saved, activation, keep_splits=False)
+        elif launch.kernel == "expand":
+            kernels.expand(z, 1, up, dtype, launch, positions, bias, activation, activation != "none")
+            kernels.expand(z, 1, down, dtype, launch)
+            if launch.block_m <= MAX_SPLIT_ROWS:
+                parts = torch.empty(4, *z.shape, device="meta")
+                kernels.expand(parts, 4, up, dtype, launch, positions, bias)
+        elif launch.kernel == "outer":
+            kernels.outer(z, rank + kept, x, launch)
+            kernels.outer(z, rank, grad, launch, True)
+        elif rank + kept <= launch.max_width:
+            kernels.one_kernel(x, down, up, launch, positions, bias, activation)
+            kernels.one_kernel(x, down, up, launch, positions, bias, activation, True, activation != "none")
+    return recorded
+
+
+def faults(name: str, arch: int, cases: Iterable[tuple] = CORE_CASES) -> Iterator[tuple[Call, list[str]]]:
+    """Each kernel that launch ``name`` needs for ``cases``, compiled for ``arch``, and why it must not ship."""
+    from .resources import compile_calls
+
+    launch = LAUNCHES[name]
+    recorded = [call for case in cases for call in calls(launch, *case)]
+    for call, used in compile_calls(recorded, (arch,)):
+        # Products of 4-byte numbers may use another instruction than those of 2-byte ones.
+        exact = call.constants["PRECISION"] == "tf32"
+        yield call, used.faults(None if exact else launch.instruction[arch])
