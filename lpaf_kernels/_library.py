@@ -32,6 +32,9 @@ SCHEMAS = (
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
     "lowrank_sparse_linear_forward(Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor? bias, bool keep_z)"
     " -> (Tensor y, Tensor z)",
+    "lowrank_sparse_linear_gradients(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
+    " bool needs_x, bool needs_down, bool needs_up, bool needs_bias)"
+    " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
     "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
 )
 

@@ -1,4 +1,4 @@
-// lpaf_kernels::lowrank_sparse_linear_forward for CPU tensors.
+// lpaf_kernels::lowrank_sparse_linear_forward and lowrank_sparse_linear_gradients for CPU tensors.
 #include "cpu/lowrank_sparse_linear.h"
 
 #include <algorithm>
@@ -22,6 +22,8 @@ constexpr int64_t kGrain = 1 << 17;
 constexpr int64_t kRowBlock = 512;
 // With fewer rows per thread the tasks share out columns instead, so that each weight is read by one thread.
 constexpr int64_t kFewRowsPerThread = 24;
+// Columns of a gradient of the weights per task at least: a task reads whole cache lines of every row.
+constexpr int64_t kGradientColumns = 32;
 
 const LowRankSparseKernels& kernels() {
 #if defined(__x86_64__)
@@ -49,17 +51,37 @@ void share_out(int64_t size, int64_t unit, int64_t work, const Task& task) {
     });
 }
 
+// Room for one row of z or d z: an odd number of cache lines, because rows at a multiple of a page would evict each
+// other.
+int64_t padded(int64_t columns) {
+    return ceil_div(columns, 32) * 32 + 16;
+}
+
+bool has_few_rows(int64_t rows) {
+    return rows < torch::stable::get_num_threads() * kFewRowsPerThread;
+}
+
+// Tasks on blocks of rows, as many blocks as threads or a multiple; one row is `work` multiplications.
+template <class Task>
+void share_out_rows(int64_t rows, int64_t work, const Task& task) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t blocks = ceil_div(ceil_div(rows, kRowBlock), threads) * threads;
+    share_out(blocks, 1, rows / blocks * work, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            task(rows * block / blocks, rows * (block + 1) / blocks);
+        }
+    });
+}
+
 // y and, where z.data is not null, z.
 void forward(const LowRankSparseLayer& layer, Rows<const float> x, int64_t rows, Rows<float> z, float* y) {
     const LowRankSparseKernels& kernel = kernels();
-    const int64_t threads = torch::stable::get_num_threads();
-    // An odd number of cache lines: rows at a multiple of a page would evict each other.
-    const int64_t padded = ceil_div(layer.columns(), 32) * 32 + 16;
-    if (rows < threads * kFewRowsPerThread) {
+    const int64_t pitch = padded(layer.columns());
+    if (has_few_rows(rows)) {
         std::unique_ptr<float[]> own;
         if (z.data == nullptr) {
-            own = scratch(rows * padded);
-            z = {own.get(), padded};
+            own = scratch(rows * pitch);
+            z = {own.get(), pitch};
         }
         share_out(layer.columns(), kDotColumns, rows * layer.in, [&](int64_t begin, int64_t end) {
             kernel.project(layer, x, rows, begin, end, z);
@@ -70,17 +92,86 @@ void forward(const LowRankSparseLayer& layer, Rows<const float> x, int64_t rows,
         });
         return;
     }
-    const int64_t blocks = ceil_div(ceil_div(rows, kRowBlock), threads) * threads;
-    const int64_t work = rows / blocks * (layer.in * layer.columns() + layer.out * layer.rank);
-    share_out(blocks, 1, work, [&](int64_t begin, int64_t end) {
+    const int64_t work = layer.in * layer.columns() + layer.out * layer.rank;
+    share_out_rows(rows, work, [&](int64_t begin, int64_t end) {
+        const int64_t size = end - begin;
         const auto panel = scratch(kSumDepth * kSumWidth);
-        const auto own = scratch(z.data == nullptr ? ceil_div(rows, blocks) * padded : 0);
-        for (int64_t block = begin; block < end; ++block) {
-            const int64_t first = rows * block / blocks, size = rows * (block + 1) / blocks - first;
-            const Rows<float> z_block = z.data == nullptr ? Rows<float>{own.get(), padded} : Rows<float>{z[first], z.stride};
-            kernel.project(layer, {x[first], x.stride}, size, 0, layer.columns(), z_block);
-            kernel.expand(layer, {z_block.data, z_block.stride}, size, 0, layer.out, {y + first * layer.out, layer.out},
-                          panel.get());
+        const auto own = scratch(z.data == nullptr ? size * pitch : 0);
+        const Rows<float> block = z.data == nullptr ? Rows<float>{own.get(), pitch} : Rows<float>{z[begin], z.stride};
+        kernel.project(layer, {x[begin], x.stride}, size, 0, layer.columns(), block);
+        kernel.expand(layer, {block.data, block.stride}, size, 0, layer.out, {y + begin * layer.out, layer.out},
+                      panel.get());
+    });
+}
+
+// Where the gradients go; null: not needed.
+struct Gradients {
+    float* x = nullptr;
+    float* down = nullptr;
+    float* up = nullptr;
+    float* bias = nullptr;
+};
+
+// The gradients of forward from grad [rows, out], x [rows, in] and the first `rank` columns of z.
+void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<const float> x, Rows<const float> z,
+              int64_t rows, const Gradients& to) {
+    const LowRankSparseKernels& kernel = kernels();
+    const int64_t columns = layer.columns(), pitch = padded(columns);
+    const bool through_z = to.x != nullptr || to.down != nullptr;
+    const auto own = scratch(through_z ? rows * pitch : 0);
+    const Rows<float> d_z = {own.get(), pitch};
+    // Each product as the layer that computes it.
+    const LowRankSparseLayer project_grad{layer.out, layer.rank, 0, layer.up, nullptr, nullptr, {}};
+    const LowRankSparseLayer expand_d_z{0, columns, layer.in, nullptr, layer.down, nullptr, {}};
+    const auto gather = [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t j = 0; j < layer.kept.size; ++j) d_z[row][layer.rank + j] = grad[row][layer.kept[j]];
+        }
+    };
+    const auto expand = [&](int64_t first, int64_t size, int64_t begin, int64_t end) {
+        const auto panel = scratch(kSumDepth * kSumWidth);
+        kernel.expand(expand_d_z, {d_z[first], pitch}, size, begin, end, {to.x + first * layer.in, layer.in},
+                      panel.get());
+    };
+    if (through_z && has_few_rows(rows)) {
+        gather(0, rows);
+        share_out(layer.rank, kDotColumns, rows * layer.out, [&](int64_t begin, int64_t end) {
+            kernel.project(project_grad, grad, rows, begin, end, d_z);
+        });
+        if (to.x != nullptr) {
+            share_out(layer.in, kSumWidth, rows * std::max<int64_t>(1, columns), [&](int64_t begin, int64_t end) {
+                expand(0, rows, begin, end);
+            });
+        }
+    } else if (through_z) {
+        share_out_rows(rows, layer.out * layer.rank + layer.in * columns, [&](int64_t begin, int64_t end) {
+            gather(begin, end);
+            kernel.project(project_grad, {grad[begin], grad.stride}, end - begin, 0, layer.rank,
+                           {d_z[begin], pitch});
+            if (to.x != nullptr) expand(begin, end - begin, 0, layer.in);
+        });
+    }
+    // One task for columns of d down, d up and d bias: the columns of d down come first.
+    const LowRankSparseLayer sum_x{0, rows, layer.in, nullptr, x.data, nullptr, {}};
+    const LowRankSparseLayer sum_grad{0, rows, layer.out, nullptr, grad.data, nullptr, {}};
+    const int64_t down_units = to.down == nullptr ? 0 : ceil_div(layer.in, kGradientColumns);
+    const int64_t up_units = to.up == nullptr && to.bias == nullptr ? 0 : ceil_div(layer.out, kGradientColumns);
+    const float one = 1.0f;
+    share_out(down_units + up_units, 1, kGradientColumns * rows * columns, [&](int64_t begin, int64_t end) {
+        const auto panel = scratch(kSumDepth * kSumWidth);
+        if (begin < down_units) {
+            kernel.expand_transposed(sum_x, {d_z.data, pitch}, columns, begin * kGradientColumns,
+                                     std::min(std::min(end, down_units) * kGradientColumns, layer.in),
+                                     {to.down, layer.in}, panel.get());
+        }
+        if (end <= down_units) return;
+        const int64_t from = (std::max(begin, down_units) - down_units) * kGradientColumns;
+        const int64_t until = std::min((end - down_units) * kGradientColumns, layer.out);
+        if (to.up != nullptr) {
+            kernel.expand_transposed(sum_grad, z, layer.rank, from, until, {to.up, layer.out}, panel.get());
+        }
+        if (to.bias != nullptr) {
+            kernel.expand_transposed(sum_grad, {&one, 0}, 1, from, until, {to.bias, layer.out}, panel.get());
         }
     });
 }
@@ -142,49 +233,103 @@ KeptColumns kept_columns(const char* op, const Tensor& kept, int64_t out) {
     return columns;
 }
 
+// The arguments of both operators, contiguous, and the layer that points to them.
+struct Arguments {
+    Tensor x, down, up;
+    std::optional<Tensor> kept, bias;
+    LowRankSparseLayer layer;
+    std::vector<int64_t> lead;  // all dimensions of x but the last
+    int64_t rows = 1;           // their product
+
+    Arguments(const char* op, const Tensor& x_, const Tensor& down_, const Tensor& up_,
+              const std::optional<Tensor>& kept_, const std::optional<Tensor>& bias_)
+        : x(as_contiguous(x_)), down(as_contiguous(down_)), up(as_contiguous(up_)), kept(kept_), bias(bias_) {
+        check_float32(op, "x", x);
+        check_float32(op, "down", down);
+        check_float32(op, "up", up);
+        check_matrix(op, "down", down);
+        check_matrix(op, "up", up);
+        layer = {down.size(1), up.size(0), up.size(1), floats(down), floats(up), nullptr, {}};
+        if (kept) {
+            kept = as_contiguous(*kept);
+            layer.kept = kept_columns(op, *kept, layer.out);
+        }
+        if (bias) {
+            check_float32(op, "bias", *bias);
+            if (bias->dim() != 1 || bias->size(0) != layer.out) {
+                invalid(op, ": bias has shape ", shape_of(*bias), ", expected [", layer.out, "]");
+            }
+            bias = as_contiguous(*bias);
+            layer.bias = floats(*bias);
+        }
+        if (x.dim() == 0 || x.size(-1) != layer.in) {
+            invalid(op, ": x has shape ", shape_of(x), ", expected last dimension ", layer.in);
+        }
+        if (down.size(0) != layer.columns()) {
+            invalid(op, ": down has shape ", shape_of(down), ", expected ", layer.columns(), " rows");
+        }
+        for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
+            lead.push_back(x.size(dim));
+            rows *= x.size(dim);
+        }
+    }
+    Arguments(const Arguments&) = delete;
+
+    std::vector<int64_t> with_last(int64_t size) const {
+        std::vector<int64_t> shape = lead;
+        shape.push_back(size);
+        return shape;
+    }
+};
+
 std::tuple<Tensor, Tensor> lowrank_sparse_linear_forward(Tensor x, Tensor down, Tensor up,
                                                          std::optional<Tensor> kept, std::optional<Tensor> bias,
                                                          bool keep_z) {
-    constexpr const char* op = "lowrank_sparse_linear_forward";
-    check_float32(op, "x", x);
-    check_float32(op, "down", down);
-    check_float32(op, "up", up);
-    check_matrix(op, "down", down);
-    check_matrix(op, "up", up);
-    x = as_contiguous(x);
-    down = as_contiguous(down);
-    up = as_contiguous(up);
-    LowRankSparseLayer layer{down.size(1), up.size(0), up.size(1), floats(down), floats(up), nullptr, {}};
-    if (kept) {
-        kept = as_contiguous(*kept);
-        layer.kept = kept_columns(op, *kept, layer.out);
-    }
-    if (bias) {
-        check_float32(op, "bias", *bias);
-        if (bias->dim() != 1 || bias->size(0) != layer.out) {
-            invalid(op, ": bias has shape ", shape_of(*bias), ", expected [", layer.out, "]");
-        }
-        bias = as_contiguous(*bias);
-        layer.bias = floats(*bias);
-    }
-    if (x.dim() == 0 || x.size(-1) != layer.in) {
-        invalid(op, ": x has shape ", shape_of(x), ", expected last dimension ", layer.in);
-    }
-    if (down.size(0) != layer.columns()) {
-        invalid(op, ": down has shape ", shape_of(down), ", expected ", layer.columns(), " rows");
-    }
-    int64_t rows = 1;
-    std::vector<int64_t> shape;
-    for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
-        rows *= x.size(dim);
-        shape.push_back(x.size(dim));
-    }
-    shape.push_back(layer.out);
-    const Tensor y = empty_float32(shape);
+    const Arguments arguments("lowrank_sparse_linear_forward", x, down, up, kept, bias);
+    const LowRankSparseLayer& layer = arguments.layer;
+    const int64_t rows = arguments.rows;
+    const Tensor y = empty_float32(arguments.with_last(layer.out));
     const Tensor z = keep_z ? empty_float32({rows, layer.columns()}) : empty_float32({0});
     Rows<float> z_rows{keep_z ? static_cast<float*>(z.mutable_data_ptr()) : nullptr, layer.columns()};
-    if (rows > 0) forward(layer, {floats(x), layer.in}, rows, z_rows, static_cast<float*>(y.mutable_data_ptr()));
+    if (rows > 0) forward(layer, {floats(arguments.x), layer.in}, rows, z_rows, static_cast<float*>(y.mutable_data_ptr()));
     return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_sparse_linear_gradients(
+    Tensor grad, Tensor x, Tensor down, Tensor up, std::optional<Tensor> kept, Tensor z, bool needs_x,
+    bool needs_down, bool needs_up, bool needs_bias) {
+    constexpr const char* op = "lowrank_sparse_linear_gradients";
+    const Arguments arguments(op, x, down, up, kept, std::nullopt);
+    const LowRankSparseLayer& layer = arguments.layer;
+    const int64_t rows = arguments.rows;
+    check_float32(op, "grad", grad);
+    check_matrix(op, "grad", grad);
+    if (grad.size(0) != rows || grad.size(1) != layer.out) {
+        invalid(op, ": grad has shape ", shape_of(grad), ", expected [", rows, ", ", layer.out, "]");
+    }
+    grad = as_contiguous(grad);
+    if (needs_up) {
+        check_float32(op, "z", z);
+        check_matrix(op, "z", z);
+        if (z.size(0) != rows || z.size(1) < layer.rank || (z.numel() > 0 && z.stride(1) != 1)) {
+            invalid(op, ": z has shape ", shape_of(z), ", expected [", rows, ", at least ", layer.rank,
+                    "] with contiguous rows");
+        }
+    }
+    const auto empty_for = [](bool needed, std::vector<int64_t> shape) {
+        return empty_float32(needed ? shape : std::vector<int64_t>{0});
+    };
+    const Tensor d_x = empty_for(needs_x, arguments.with_last(layer.in));
+    const Tensor d_down = empty_for(needs_down, {layer.columns(), layer.in});
+    const Tensor d_up = empty_for(needs_up, {layer.rank, layer.out});
+    const Tensor d_bias = empty_for(needs_bias, {layer.out});
+    const auto to = [](bool needed, const Tensor& gradient) {
+        return needed && gradient.numel() > 0 ? static_cast<float*>(gradient.mutable_data_ptr()) : nullptr;
+    };
+    backward(layer, {floats(grad), layer.out}, {floats(arguments.x), layer.in},
+             {needs_up ? floats(z) : nullptr, needs_up ? z.stride(0) : 0}, rows,
+             {to(needs_x, d_x), to(needs_down, d_down), to(needs_up, d_up), to(needs_bias, d_bias)});
+    return {d_x, d_down, d_up, d_bias};
 }
 
 }  // namespace
@@ -192,4 +337,5 @@ std::tuple<Tensor, Tensor> lowrank_sparse_linear_forward(Tensor x, Tensor down, 
 
 STABLE_TORCH_LIBRARY_IMPL(lpaf_kernels, CPU, m) {
     m.impl("lowrank_sparse_linear_forward", TORCH_BOX(&lpaf::cpu::lowrank_sparse_linear_forward));
+    m.impl("lowrank_sparse_linear_gradients", TORCH_BOX(&lpaf::cpu::lowrank_sparse_linear_gradients));
 }

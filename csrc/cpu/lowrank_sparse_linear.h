@@ -1,8 +1,11 @@
-// y = (x u) v + scatter(x s, kept) + bias on the CPU in float32: the products, for some rows or columns. No torch.
+// y = (x u) v + scatter(x s, kept) + bias on the CPU in float32, and its gradients: the products, for some rows or
+// columns. No torch.
 //
 // z = x [u|s] is a set of dot products of contiguous rows, because x and the packed `down` are contiguous along
 // the input features. y = z v + bias is a sum of rows of `up`, contiguous along the outputs; the kept columns of
-// S are added while that tile of y is in the first-level cache. Neither weight is stored a second time.
+// S are added while that tile of y is in the first-level cache. Neither weight is stored a second time. The
+// gradients are the same two kinds of product: d z = dy up^T is of dot products, d x = d z down and, with the first
+// factor read transposed, d down = (d z)^T x and d up = z^T dy are sums of rows.
 // Every entry is summed in an order that only the layer's sizes decide, not the rows, the tiles or the threads.
 #pragma once
 
@@ -47,6 +50,9 @@ struct LowRankSparseKernels {
     // kSumDepth * kSumWidth floats to work in
     void (*expand)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows, std::int64_t begin,
                    std::int64_t end, Rows<float> y, float* panel);
+    // The same of z^T [rank, rows], for layers without kept columns.
+    void (*expand_transposed)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows,
+                              std::int64_t begin, std::int64_t end, Rows<float> y, float* panel);
 };
 
 // Where columns are shared out among threads, shares of z and of y begin at multiples of these.

@@ -132,35 +132,36 @@ void project(const LowRankSparseLayer& layer, Rows<const float> x, std::int64_t 
     }
 }
 
-// Sums of rows: y = z up + bias, with the kept columns
+// Sums of rows: y = z up + bias, with the kept columns where z is stored as it is
 
 constexpr int kSumRows = kRegisters == 32 ? 12 : 6;  // with two vectors of outputs the sums fill the registers
 constexpr int kFewRows = kRegisters == 32 ? 3 : 1;   // with eight
 static_assert(8 * kLanes <= kSumWidth);
 
-// y[i] = (bias, or y[i] itself where it is null) + z[i] up for N rows and V vectors of outputs.
-template <int N, int V>
+// Whether the factor z of z up is stored as it is, [rows, depth], or transposed, [depth, rows].
+enum class Stored { kAsIs, kTransposed };
+
+// y[i] = z[i] up + (bias, or y[i] itself where it is null) for N rows and V vectors of outputs.
+template <int N, int V, Stored Z>
 inline void sum_tile(Rows<const float> z, std::int64_t depth, Rows<const float> up, const float* bias,
                      Rows<float> y) {
     Vector sums[N][V] = {};
     for (int i = 0; i < N; ++i) {
-        for (int v = 0; v < V; ++v) {
-            if (bias != nullptr) sums[i][v] = load(bias + v * kLanes);
-            __builtin_prefetch(y[i] + v * kLanes, 1);
-        }
+        for (int v = 0; v < V; ++v) __builtin_prefetch(y[i] + v * kLanes, 1);
     }
     for (std::int64_t k = 0; k < depth; ++k) {
         Vector weight[V];
         for (int v = 0; v < V; ++v) weight[v] = load(up[k] + v * kLanes);
         for (int i = 0; i < N; ++i) {
-            const float entry = z[i][k];
+            const float entry = Z == Stored::kAsIs ? z[i][k] : z[k][i];
             for (int v = 0; v < V; ++v) sums[i][v] += entry * weight[v];
         }
     }
     for (int i = 0; i < N; ++i) {
         for (int v = 0; v < V; ++v) {
             float* to = y[i] + v * kLanes;
-            store(to, bias != nullptr ? sums[i][v] : load(to) + sums[i][v]);
+            // Last: in a sum that starts from a large bias every addition would round like that bias.
+            store(to, load(bias != nullptr ? bias + v * kLanes : to) + sums[i][v]);
         }
     }
 }
@@ -182,7 +183,7 @@ inline void pack(Rows<const float> from, std::int64_t rows, std::int64_t columns
 }
 
 // Columns [begin, end) in panels of V vectors, for tiles of up to Largest rows.
-template <int V, int Largest>
+template <int V, int Largest, Stored Z>
 inline void expand_panels(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows,
                           std::int64_t begin, std::int64_t end, Rows<float> y, float* panel) {
     constexpr std::int64_t width = V * kLanes;
@@ -206,14 +207,14 @@ inline void expand_panels(const LowRankSparseLayer& layer, Rows<const float> z, 
                 up = {panel, width};
             }
             for_row_tiles<Largest>(rows, [&](std::int64_t row, auto size) {
-                const Rows<const float> z_tile = {z[row] + from, z.stride};
+                const Rows<const float> z_tile = {Z == Stored::kAsIs ? z[row] + from : z[from] + row, z.stride};
                 const Rows<float> y_tile = {y[row] + column, y.stride};
                 float whole[size() * width];
                 const Rows<float> to = used == width ? y_tile : Rows<float>{whole, width};
                 if (used < width && pass > 0) {
                     for (int i = 0; i < size(); ++i) copy(y_tile[i], used, to[i]);
                 }
-                sum_tile<size(), V>(z_tile, length, up, pass == 0 ? bias : nullptr, to);
+                sum_tile<size(), V, Z>(z_tile, length, up, pass == 0 ? bias : nullptr, to);
                 if (used < width) {
                     for (int i = 0; i < size(); ++i) copy(to[i], used, y_tile[i]);
                 }
@@ -227,17 +228,18 @@ inline void expand_panels(const LowRankSparseLayer& layer, Rows<const float> z, 
     }
 }
 
+template <Stored Z>
 void expand(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows, std::int64_t begin,
             std::int64_t end, Rows<float> y, float* panel) {
     if (rows <= kFewRows) {
-        expand_panels<8, kFewRows>(layer, z, rows, begin, end, y, panel);
+        expand_panels<8, kFewRows, Z>(layer, z, rows, begin, end, y, panel);
     } else {
-        expand_panels<2, kSumRows>(layer, z, rows, begin, end, y, panel);
+        expand_panels<2, kSumRows, Z>(layer, z, rows, begin, end, y, panel);
     }
 }
 
 }  // namespace
 
-const LowRankSparseKernels LPAF_KERNELS = {project, expand};
+const LowRankSparseKernels LPAF_KERNELS = {project, expand<Stored::kAsIs>, expand<Stored::kTransposed>};
 
 }  // namespace lpaf::cpu

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ..tuning import lowrank_sparse_linear as plans
@@ -18,6 +21,7 @@ _FROM_RESULT = ("relu", "tanh")
 # csrc/cpu/lowrank_sparse_linear.cpp: float32 only, the other dtypes run through ATen.
 _HAS_NATIVE = has_kernel("lowrank_sparse_linear_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_sparse_linear_forward.default
+_native_gradients = torch.ops.lpaf_kernels.lowrank_sparse_linear_gradients.default
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -127,13 +131,10 @@ def packed_lowrank_sparse_linear(
         )
     device = x.device
     # torch has no autocast for the meta device and raises when asked.
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        if down.dtype != x.dtype or up.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-            dtypes = f"{down.dtype}, {up.dtype}, {None if bias is None else bias.dtype}"
-            raise TypeError(f"down, up, bias: expected dtype {x.dtype} (that of x), got {dtypes}")
-        direct = device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    else:
-        direct = False
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if not autocast and (down.dtype != x.dtype or up.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
+        dtypes = f"{down.dtype}, {up.dtype}, {None if bias is None else bias.dtype}"
+        raise TypeError(f"down, up, bias: expected dtype {x.dtype} (that of x), got {dtypes}")
     check_device("down", down, x)
     check_device("up", up, x)
     if bias is not None:
@@ -148,12 +149,16 @@ def packed_lowrank_sparse_linear(
         activation = "none"
     elif activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
-    if direct:
-        # Nothing to record or trace: the same kernel without the dispatcher's Python round trip.
-        return _forward(x, down, up, kept, bias, activation, False)[0]
     training = torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
     )
+    if _is_eager(x, down, up, bias):
+        if autocast:
+            arguments = _cast(torch.get_autocast_dtype(device.type), x, down, up, kept, bias, activation, training)
+            x, down, up, kept, bias, _, _ = arguments
+        if training:
+            return _Eager.apply(x, down, up, kept, bias, activation)
+        return _kernels(x)[0](x, down, up, kept, bias, activation, False)[0]
     return torch.ops.lpaf_kernels.lowrank_sparse_linear(x, down, up, kept, bias, activation, training)[0]
 
 
@@ -178,6 +183,16 @@ def lowrank_sparse_linear_reference(
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh}[activation](y)
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are computed now, and nothing traces, counts or transforms the operators."""
+    return (
+        all(tensor is None or (type(tensor) in _PLAIN_TYPES and not tensor.is_meta) for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_kept_type(kept: Tensor) -> None:
@@ -271,26 +286,12 @@ def _lowrank_sparse_linear(
     activation: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keep_z = training and _saves_z(down)
-    if training and _saves_pre(activation):
+    keep_z = training and plans.saves_z(*down.shape)
+    if training and plans.saves_pre(activation):
         pre, z = _forward(x, down, up, kept, bias, "none", keep_z)
         return _activate_(pre.clone(), activation), z, pre
     y, z = _forward(x, down, up, kept, bias, activation, keep_z)
     return y, z, x.new_empty(0)
-
-
-def _saves_pre(activation: str) -> bool:
-    return activation != "none" and activation not in _FROM_RESULT
-
-
-def _saves_z(down: Tensor) -> bool:
-    """Whether forward saves z for d up = z^T dy, or backward computes it again from x, which is saved anyway.
-
-    Per row and in entries: saving writes r + kept and reads them back, of which the write is what recomputing
-    would not need; recomputing reads in_features of x a second time. So z is saved iff r + kept < in_features.
-    """
-    columns, in_features = down.shape
-    return columns < in_features
 
 
 def _lowrank_sparse_linear_fake(x, down, up, kept, bias, activation, training):
@@ -299,8 +300,8 @@ def _lowrank_sparse_linear_fake(x, down, up, kept, bias, activation, training):
     columns = plans.pitch(down.shape[0]) if x.device.type == "cuda" else down.shape[0]
     return (
         x.new_empty((*lead, out_features)),
-        x.new_empty((_rows(x), columns) if training and _saves_z(down) else 0),
-        x.new_empty((*lead, out_features) if training and _saves_pre(activation) else 0),
+        x.new_empty((_rows(x), columns) if training and plans.saves_z(*down.shape) else 0),
+        x.new_empty((*lead, out_features) if training and plans.saves_pre(activation) else 0),
     )
 
 
@@ -323,34 +324,81 @@ def _lowrank_sparse_linear_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rank, out_features = up.shape
     if activation != "none":
         grad = _activation_grad(grad, saved, activation)
-    grad = grad.reshape(-1, out_features)
-    rows = x.reshape(-1, down.shape[1])
+    grad = grad.reshape(-1, up.shape[1])
+    if needs[2] and not plans.saves_z(*down.shape):
+        z = F.linear(x.reshape(-1, x.shape[-1]), down[: up.shape[0]])
+    native = _HAS_NATIVE and x.dtype == torch.float32 and x.is_cpu
+    gradients = _native_gradients if native else _lowrank_sparse_linear_gradients
+    return gradients(grad, x, down, up, kept, z, *needs)
+
+
+def _lowrank_sparse_linear_gradients(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    kept: Tensor | None,
+    z: Tensor,
+    needs_x: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From grad [rows, out] and z [rows, r or more]; a gradient that is not needed is an empty tensor."""
+    rank = up.shape[0]
     d_x, d_down, d_up, d_bias = (grad.new_empty(0) for _ in range(4))
-    if needs[0] or needs[1]:
+    if needs_x or needs_down:
         if kept is None:
             d_z = grad @ up.t()
         else:
             d_z = grad.new_empty(grad.shape[0], down.shape[0])
             torch.mm(grad, up.t(), out=d_z[:, :rank])
             torch.gather(grad, 1, _columns(kept, d_z), out=d_z[:, rank:])
-        if needs[0]:
+        if needs_x:
             d_x = (d_z @ down).view(x.shape)
-        if needs[1]:
-            d_down = d_z.t() @ rows
-    if needs[2]:
-        low = z[:, :rank] if _saves_z(down) else F.linear(rows, down[:rank])
-        d_up = low.t() @ grad
-    if needs[3]:
+        if needs_down:
+            d_down = d_z.t() @ x.reshape(-1, down.shape[1])
+    if needs_up:
+        d_up = z[:, :rank].t() @ grad
+    if needs_bias:
         d_bias = grad.sum(0)
     return d_x, d_down, d_up, d_bias
 
 
-def _lowrank_sparse_linear_backward_fake(grad, x, down, up, kept, z, saved, activation, needs):
+def _lowrank_sparse_linear_gradients_fake(grad, x, down, up, kept, z, *needs):
     shapes = (x.shape, down.shape, up.shape, (up.shape[1],))
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _lowrank_sparse_linear_backward_fake(grad, x, down, up, kept, z, saved, activation, needs):
+    return _lowrank_sparse_linear_gradients_fake(grad, x, down, up, kept, z, *needs)
+
+
+def _kernels(x: Tensor) -> tuple[Callable, Callable]:
+    """The operator's forward and backward for the device of ``x``."""
+    if x.is_cuda:
+        return plans.cuda_forward, _cuda_backward
+    return _lowrank_sparse_linear, _lowrank_sparse_linear_backward
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's autograd without the dispatcher, whose Python round trips cost more than a small layer does."""
+
+    @staticmethod
+    def forward(ctx, x, down, up, kept, bias, activation):
+        y, z, pre = _kernels(x)[0](x, down, up, kept, bias, activation, True)
+        ctx.save_for_backward(x, down, up, kept, z, y if activation in _FROM_RESULT else pre)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        direct = _is_eager(grad)
+        backward = _kernels(grad)[1] if direct else torch.ops.lpaf_kernels.lowrank_sparse_linear_backward
+        return _differentiate(ctx, grad, backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -364,18 +412,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.activation = activation
 
 
+def _differentiate(ctx, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
+    x, down, up, kept, z, saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    grads = backward(grad, x, down, up, kept, z, saved, ctx.activation, needs)
+    d_x, d_down, d_up, d_bias = (d if need else None for d, need in zip(grads, needs, strict=True))
+    return d_x, d_down, d_up, None, d_bias, None
+
+
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    x, down, up, kept, z, saved = ctx.saved_tensors
-    if z is None:
+    if ctx.saved_tensors[4] is None:
         raise RuntimeError("lowrank_sparse_linear: backward needs a forward with training=True")
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    grads = torch.ops.lpaf_kernels.lowrank_sparse_linear_backward(
-        grad, x, down, up, kept, z, saved, ctx.activation, needs
-    )
-    d_x, d_down, d_up, d_bias = (d if need else None for d, need in zip(grads, needs, strict=True))
-    return d_x, d_down, d_up, None, d_bias, None, None
+    return *_differentiate(ctx, grad, torch.ops.lpaf_kernels.lowrank_sparse_linear_backward), None
 
 
 def _cast(dtype, x, down, up, kept, bias, activation, training):
@@ -408,14 +458,22 @@ for _name, _kernel, _cuda_kernel, _fake in (
         _cuda_backward,
         _lowrank_sparse_linear_backward_fake,
     ),
+    (
+        "lowrank_sparse_linear_forward",
+        _lowrank_sparse_linear_forward,
+        _lowrank_sparse_linear_forward,
+        _lowrank_sparse_linear_forward_fake,
+    ),
+    (
+        "lowrank_sparse_linear_gradients",
+        _lowrank_sparse_linear_gradients,
+        _lowrank_sparse_linear_gradients,
+        _lowrank_sparse_linear_gradients_fake,
+    ),
 ):
     register_fallback(_name, _kernel, ("CPU",))
     register_fallback(_name, _cuda_kernel, ("CUDA",))
     torch.library.register_fake(f"lpaf_kernels::{_name}", _fake, lib=library)
-register_fallback("lowrank_sparse_linear_forward", _lowrank_sparse_linear_forward)
-torch.library.register_fake(
-    "lpaf_kernels::lowrank_sparse_linear_forward", _lowrank_sparse_linear_forward_fake, lib=library
-)
 torch.library.register_autograd(
     "lpaf_kernels::lowrank_sparse_linear", _backward, setup_context=_setup_context, lib=library
 )

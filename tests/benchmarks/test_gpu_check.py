@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,25 +142,21 @@ def test_results_are_copied_where_out_says(tmp_path, monkeypatch):
     assert copy_results([rows, tmp_path / "never"]) == [tmp_path / "out" / "core.jsonl"]
 
 
-@dataclass
-class Record:
-    name: str = "expand"
-    arch: int = 90
-    ok: bool = True
-    why: str = ""
-
-
 @pytest.mark.parametrize(
-    ("records", "status", "words"),
+    ("found", "status", "words"),
     [
-        ([Record(), Record(arch=80)], 0, "2 kernels compiled, 0 not fit"),
-        ([Record(), Record(arch=100, ok=False, why="16 bytes of stack")], 1, "expand on sm_100: 16 bytes of stack"),
-        ([], 1, "0 kernels compiled"),
+        ({80: [[]], 90: [[], []]}, 0, "3 kernels compiled, 0 not fit to ship"),
+        ({80: [[], ["16 bytes of stack"]], 90: []}, 1, "expand-a on sm_80: 16 bytes of stack"),
+        ({80: [], 90: []}, 1, "0 kernels compiled"),
     ],
 )
-def test_kernels_that_do_not_fit_fail_their_step(records, status, words, monkeypatch, capsys):
-    resources = pytest.importorskip("lpaf_kernels.triton.resources")
-    monkeypatch.setattr(resources, "compile_all", lambda archs: iter(records), raising=False)
+def test_kernels_that_do_not_fit_fail_their_step(found, status, words, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from lpaf_kernels.triton import launch, shipped
+
+    monkeypatch.setattr(launch, "LAUNCHES", {"expand-a": SimpleNamespace(archs=(80, 90))})
+    call = SimpleNamespace(constants={"BLOCK_M": 16})
+    monkeypatch.setattr(shipped, "faults", lambda name, arch: ((call, faults) for faults in found[arch]))
     assert gpu_check.compile_kernels() == status
     assert words in capsys.readouterr().out
 

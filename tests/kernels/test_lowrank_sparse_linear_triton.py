@@ -150,8 +150,10 @@ def test_split_width_covers_with_little_padding(width: int, limit: int) -> None:
     assert parts[0] > 0
     assert sum(parts) <= limit
     assert sum(parts) * programs >= width
-    # Below 128 columns the matrix unit's granule of 16, or the number of programs, may cost more.
-    if width >= 128 and limit >= 144:
+    # Each program pads its share by at most 15 %, or up to the matrix unit's granule of 16.
+    share = -(-width // programs)
+    assert sum(parts) <= max(1.15 * share, -(-share // 16) * 16)
+    if width >= 128 and limit == MAX_WIDTH:
         assert sum(parts) * programs <= 1.15 * width
 
 
