@@ -2,8 +2,10 @@
 #include "cpu/lowrank_sparse_linear.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -25,12 +27,21 @@ constexpr int64_t kFewRowsPerThread = 24;
 // Columns of a gradient of the weights per task at least: a task reads whole cache lines of every row.
 constexpr int64_t kGradientColumns = 32;
 
-const LowRankSparseKernels& kernels() {
+// The best that the processor has, or less where ATEN_CPU_CAPABILITY, torch's own variable, asks for less.
+const LowRankSparseKernels& choose_kernels() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return kAvx512Kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2Kernels;
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view most = capability == nullptr ? "avx512" : capability;
+    if (most != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return most != "avx2" && __builtin_cpu_supports("avx512f") ? kAvx512Kernels : kAvx2Kernels;
+    }
 #endif
     return kBaselineKernels;
+}
+
+const LowRankSparseKernels& kernels() {
+    static const LowRankSparseKernels& chosen = choose_kernels();
+    return chosen;
 }
 
 // Uninitialised floats to work in.
@@ -42,7 +53,8 @@ int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Tasks on ranges of [0, size) that begin at multiples of `unit`; one entry of the range is `work` multiplications.
+// Tasks on ranges of [0, size) that begin at multiples of `unit`; one entry of the range is `work`
+// multiplications.
 template <class Task>
 void share_out(int64_t size, int64_t unit, int64_t work, const Task& task) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * work));
@@ -51,8 +63,8 @@ void share_out(int64_t size, int64_t unit, int64_t work, const Task& task) {
     });
 }
 
-// Room for one row of z or d z: an odd number of cache lines, because rows at a multiple of a page would evict each
-// other.
+// Room for one row of z or d z: an odd number of cache lines, because rows at a multiple of a page would
+// evict each other.
 int64_t padded(int64_t columns) {
     return ceil_div(columns, 32) * 32 + 16;
 }
@@ -83,13 +95,13 @@ void forward(const LowRankSparseLayer& layer, Rows<const float> x, int64_t rows,
             own = scratch(rows * pitch);
             z = {own.get(), pitch};
         }
-        share_out(layer.columns(), kDotColumns, rows * layer.in, [&](int64_t begin, int64_t end) {
-            kernel.project(layer, x, rows, begin, end, z);
-        });
-        share_out(layer.out, kSumWidth, rows * std::max<int64_t>(1, layer.rank), [&](int64_t begin, int64_t end) {
-            const auto panel = scratch(kSumDepth * kSumWidth);
-            kernel.expand(layer, {z.data, z.stride}, rows, begin, end, {y, layer.out}, panel.get());
-        });
+        share_out(layer.columns(), kDotColumns, rows * layer.in,
+                  [&](int64_t begin, int64_t end) { kernel.project(layer, x, rows, begin, end, z); });
+        share_out(layer.out, kSumWidth, rows * std::max<int64_t>(1, layer.rank),
+                  [&](int64_t begin, int64_t end) {
+                      const auto panel = scratch(kSumDepth * kSumWidth);
+                      kernel.expand(layer, {z.data, z.stride}, rows, begin, end, {y, layer.out}, panel.get());
+                  });
         return;
     }
     const int64_t work = layer.in * layer.columns() + layer.out * layer.rank;
@@ -97,10 +109,11 @@ void forward(const LowRankSparseLayer& layer, Rows<const float> x, int64_t rows,
         const int64_t size = end - begin;
         const auto panel = scratch(kSumDepth * kSumWidth);
         const auto own = scratch(z.data == nullptr ? size * pitch : 0);
-        const Rows<float> block = z.data == nullptr ? Rows<float>{own.get(), pitch} : Rows<float>{z[begin], z.stride};
+        const Rows<float> block =
+            z.data == nullptr ? Rows<float>{own.get(), pitch} : Rows<float>{z[begin], z.stride};
         kernel.project(layer, {x[begin], x.stride}, size, 0, layer.columns(), block);
-        kernel.expand(layer, {block.data, block.stride}, size, 0, layer.out, {y + begin * layer.out, layer.out},
-                      panel.get());
+        kernel.expand(layer, {block.data, block.stride}, size, 0, layer.out,
+                      {y + begin * layer.out, layer.out}, panel.get());
     });
 }
 
@@ -113,8 +126,8 @@ struct Gradients {
 };
 
 // The gradients of forward from grad [rows, out], x [rows, in] and the first `rank` columns of z.
-void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<const float> x, Rows<const float> z,
-              int64_t rows, const Gradients& to) {
+void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<const float> x,
+              Rows<const float> z, int64_t rows, const Gradients& to) {
     const LowRankSparseKernels& kernel = kernels();
     const int64_t columns = layer.columns(), pitch = padded(columns);
     const bool through_z = to.x != nullptr || to.down != nullptr;
@@ -139,9 +152,8 @@ void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<cons
             kernel.project(project_grad, grad, rows, begin, end, d_z);
         });
         if (to.x != nullptr) {
-            share_out(layer.in, kSumWidth, rows * std::max<int64_t>(1, columns), [&](int64_t begin, int64_t end) {
-                expand(0, rows, begin, end);
-            });
+            share_out(layer.in, kSumWidth, rows * std::max<int64_t>(1, columns),
+                      [&](int64_t begin, int64_t end) { expand(0, rows, begin, end); });
         }
     } else if (through_z) {
         share_out_rows(rows, layer.out * layer.rank + layer.in * columns, [&](int64_t begin, int64_t end) {
@@ -155,8 +167,8 @@ void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<cons
     const LowRankSparseLayer sum_x{0, rows, layer.in, nullptr, x.data, nullptr, {}};
     const LowRankSparseLayer sum_grad{0, rows, layer.out, nullptr, grad.data, nullptr, {}};
     const int64_t down_units = to.down == nullptr ? 0 : ceil_div(layer.in, kGradientColumns);
-    const int64_t up_units = to.up == nullptr && to.bias == nullptr ? 0 : ceil_div(layer.out, kGradientColumns);
-    const float one = 1.0f;
+    const int64_t up_units =
+        to.up == nullptr && to.bias == nullptr ? 0 : ceil_div(layer.out, kGradientColumns);
     share_out(down_units + up_units, 1, kGradientColumns * rows * columns, [&](int64_t begin, int64_t end) {
         const auto panel = scratch(kSumDepth * kSumWidth);
         if (begin < down_units) {
@@ -170,13 +182,12 @@ void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<cons
         if (to.up != nullptr) {
             kernel.expand_transposed(sum_grad, z, layer.rank, from, until, {to.up, layer.out}, panel.get());
         }
-        if (to.bias != nullptr) {
-            kernel.expand_transposed(sum_grad, {&one, 0}, 1, from, until, {to.bias, layer.out}, panel.get());
-        }
+        if (to.bias != nullptr) kernel.sum_columns(grad, rows, from, until, to.bias);
     });
 }
 
-// torch::stable::contiguous and new_empty look their operators up by name, which costs a small layer its lead.
+// torch::stable::contiguous and new_empty look their operators up by name, which costs a small layer its
+// lead.
 Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -187,9 +198,9 @@ Tensor empty_float32(const std::vector<int64_t>& shape) {
         strides[dim - 1] = strides[dim] * std::max<int64_t>(1, shape[dim]);
     }
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                 aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                           strides.data(), aoti_torch_dtype_float32(),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
 
@@ -198,7 +209,8 @@ const float* floats(const Tensor& tensor) {
 }
 
 void check_matrix(const char* op, const char* name, const Tensor& tensor) {
-    if (tensor.dim() != 2) invalid(op, ": ", name, " has shape ", shape_of(tensor), ", expected two dimensions");
+    if (tensor.dim() != 2)
+        invalid(op, ": ", name, " has shape ", shape_of(tensor), ", expected two dimensions");
 }
 
 void check_float32(const char* op, const char* name, const Tensor& tensor) {
@@ -283,15 +295,17 @@ struct Arguments {
 };
 
 std::tuple<Tensor, Tensor> lowrank_sparse_linear_forward(Tensor x, Tensor down, Tensor up,
-                                                         std::optional<Tensor> kept, std::optional<Tensor> bias,
-                                                         bool keep_z) {
+                                                         std::optional<Tensor> kept,
+                                                         std::optional<Tensor> bias, bool keep_z) {
     const Arguments arguments("lowrank_sparse_linear_forward", x, down, up, kept, bias);
     const LowRankSparseLayer& layer = arguments.layer;
     const int64_t rows = arguments.rows;
     const Tensor y = empty_float32(arguments.with_last(layer.out));
     const Tensor z = keep_z ? empty_float32({rows, layer.columns()}) : empty_float32({0});
     Rows<float> z_rows{keep_z ? static_cast<float*>(z.mutable_data_ptr()) : nullptr, layer.columns()};
-    if (rows > 0) forward(layer, {floats(arguments.x), layer.in}, rows, z_rows, static_cast<float*>(y.mutable_data_ptr()));
+    if (rows > 0)
+        forward(layer, {floats(arguments.x), layer.in}, rows, z_rows,
+                static_cast<float*>(y.mutable_data_ptr()));
     return {y, z};
 }
 

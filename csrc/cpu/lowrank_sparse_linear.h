@@ -1,12 +1,12 @@
-// y = (x u) v + scatter(x s, kept) + bias on the CPU in float32, and its gradients: the products, for some rows or
-// columns. No torch.
+// y = (x u) v + scatter(x s, kept) + bias on the CPU in float32, and its gradients: the products, for some
+// rows or columns. No torch.
 //
-// z = x [u|s] is a set of dot products of contiguous rows, because x and the packed `down` are contiguous along
-// the input features. y = z v + bias is a sum of rows of `up`, contiguous along the outputs; the kept columns of
-// S are added while that tile of y is in the first-level cache. Neither weight is stored a second time. The
-// gradients are the same two kinds of product: d z = dy up^T is of dot products, d x = d z down and, with the first
-// factor read transposed, d down = (d z)^T x and d up = z^T dy are sums of rows.
-// Every entry is summed in an order that only the layer's sizes decide, not the rows, the tiles or the threads.
+// z = x [u|s] is a set of dot products of contiguous rows, because x and the packed `down` are contiguous
+// along the input features. y = z v + bias is a sum of rows of `up`, contiguous along the outputs; the kept
+// columns of S are added while that tile of y is in the first-level cache. Neither weight is stored a second
+// time. The gradients are the same two kinds of product: d z = dy up^T is of dot products, d x = d z down
+// and, with the first factor read transposed, d down = (d z)^T x and d up = z^T dy are sums of rows. Every
+// entry is summed in an order that only the layer's sizes decide, not the rows, the tiles or the threads.
 #pragma once
 
 #include <cstdint>
@@ -48,18 +48,21 @@ struct LowRankSparseKernels {
                     std::int64_t begin, std::int64_t end, Rows<float> z);
     // y[:, begin:end] = (z[:, :rank] up + scatter(z[:, rank:], kept) + bias)[:, begin:end], with room for
     // kSumDepth * kSumWidth floats to work in
-    void (*expand)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows, std::int64_t begin,
-                   std::int64_t end, Rows<float> y, float* panel);
+    void (*expand)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows,
+                   std::int64_t begin, std::int64_t end, Rows<float> y, float* panel);
     // The same of z^T [rank, rows], for layers without kept columns.
     void (*expand_transposed)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows,
                               std::int64_t begin, std::int64_t end, Rows<float> y, float* panel);
+    // to[begin:end] = from[:, begin:end] summed over the rows
+    void (*sum_columns)(Rows<const float> from, std::int64_t rows, std::int64_t begin, std::int64_t end,
+                        float* to);
 };
 
 // Where columns are shared out among threads, shares of z and of y begin at multiples of these.
 constexpr std::int64_t kDotColumns = 4;
 constexpr std::int64_t kSumWidth = 128;
 // Ranks per pass: a panel of `up` stays in the first-level cache, and long sums are sums of shorter ones.
-constexpr std::int64_t kSumDepth = 160;
+constexpr std::int64_t kSumDepth = 96;
 
 // Defined by lowrank_sparse_linear_kernels.cpp, which is compiled once per instruction set.
 extern const LowRankSparseKernels kBaselineKernels;

@@ -1,6 +1,6 @@
-// The tiles of lowrank_sparse_linear.h, compiled once per instruction set: LPAF_KERNELS names the table that this
-// compilation defines. Nothing of the standard library is called: a function that the linker shares between the
-// compilations would carry one instruction set's code into the others.
+// The tiles of lowrank_sparse_linear.h, compiled once per instruction set: LPAF_KERNELS names the table that
+// this compilation defines. Nothing of the standard library is called: a function that the linker shares
+// between the compilations would carry one instruction set's code into the others.
 #include <cstdint>
 #include <utility>
 
@@ -34,13 +34,20 @@ inline Vector load_first(const float* from, std::int64_t size) {
     return vector;
 }
 
-inline void store(float* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
+inline void store(float* to, Vector vector) {
+    __builtin_memcpy(to, &vector, sizeof vector);
+}
 
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
+    return a < b ? a : b;
+}
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+    return (a + b - 1) / b;
+}
 
-// Calls work(first, integral_constant<int, n>) for tiles of n rows that cover `rows`, as even as Largest allows.
+// Calls work(first, integral_constant<int, n>) for tiles of n rows that cover `rows`, as even as Largest
+// allows.
 template <int Largest, class Work>
 inline void for_row_tiles(std::int64_t rows, const Work& work) {
     const std::int64_t tiles = ceil_div(rows, Largest);
@@ -56,7 +63,9 @@ inline void for_row_tiles(std::int64_t rows, const Work& work) {
 // Dot products: z = x down^T
 
 constexpr int kDotRows = kRegisters == 32 ? 6 : 3;  // with kDotColumns columns the sums fill the registers
-constexpr std::int64_t kDotDepth = 1376;     // features per pass: the tile of x stays in the first-level cache
+// Features per pass: the tile of x stays in the first-level cache, and few lanes do not sum too many entries
+// each.
+constexpr std::int64_t kDotDepth = kLanes > 4 ? 1376 : 688;
 constexpr std::int64_t kDotBlock = 1 << 17;  // entries of down per pass: they stay in the second-level cache
 
 // out[lane] = (a|b)[index(lane)]
@@ -125,7 +134,8 @@ void project(const LowRankSparseLayer& layer, Rows<const float> x, std::int64_t 
             for_row_tiles<kDotRows>(rows, [&](std::int64_t row, auto size) {
                 for (std::int64_t j = first; j < last; j += kDotColumns) {
                     dot_tile<size()>({x[row] + from, x.stride}, {layer.down + j * layer.in + from, layer.in},
-                                     smaller(kDotColumns, last - j), length, pass == 0, {z[row] + j, z.stride});
+                                     smaller(kDotColumns, last - j), length, pass == 0,
+                                     {z[row] + j, z.stride});
                 }
             });
         }
@@ -134,8 +144,9 @@ void project(const LowRankSparseLayer& layer, Rows<const float> x, std::int64_t 
 
 // Sums of rows: y = z up + bias, with the kept columns where z is stored as it is
 
-constexpr int kSumRows = kRegisters == 32 ? 12 : 6;  // with two vectors of outputs the sums fill the registers
-constexpr int kFewRows = kRegisters == 32 ? 3 : 1;   // with eight
+constexpr int kSumRows =
+    kRegisters == 32 ? 12 : 6;                      // with two vectors of outputs the sums fill the registers
+constexpr int kFewRows = kRegisters == 32 ? 3 : 1;  // with eight
 static_assert(8 * kLanes <= kSumWidth);
 
 // Whether the factor z of z up is stored as it is, [rows, depth], or transposed, [depth, rows].
@@ -207,7 +218,8 @@ inline void expand_panels(const LowRankSparseLayer& layer, Rows<const float> z, 
                 up = {panel, width};
             }
             for_row_tiles<Largest>(rows, [&](std::int64_t row, auto size) {
-                const Rows<const float> z_tile = {Z == Stored::kAsIs ? z[row] + from : z[from] + row, z.stride};
+                const Rows<const float> z_tile = {Z == Stored::kAsIs ? z[row] + from : z[from] + row,
+                                                  z.stride};
                 const Rows<float> y_tile = {y[row] + column, y.stride};
                 float whole[size() * width];
                 const Rows<float> to = used == width ? y_tile : Rows<float>{whole, width};
@@ -220,7 +232,8 @@ inline void expand_panels(const LowRankSparseLayer& layer, Rows<const float> z, 
                 }
                 if (pass + 1 < passes) return;
                 for (int i = 0; i < size(); ++i) {
-                    for (std::int64_t j = next; j < last; ++j) y[row + i][kept[j]] += z[row + i][layer.rank + j];
+                    for (std::int64_t j = next; j < last; ++j)
+                        y[row + i][kept[j]] += z[row + i][layer.rank + j];
                 }
             });
         }
@@ -238,8 +251,43 @@ void expand(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t r
     }
 }
 
+// Sums of columns: d bias
+
+constexpr int kSumVectors = 4;
+
+// Kahan's sums: each carries what the last addition lost. `load_at(row, v)` gives a row's vector v.
+template <int V, class Load>
+inline void sum_rows(std::int64_t rows, const Load& load_at, Vector (&sums)[V]) {
+    Vector lost[V] = {};
+    for (std::int64_t row = 0; row < rows; ++row) {
+        for (int v = 0; v < V; ++v) {
+            const Vector entry = load_at(row, v) - lost[v];
+            const Vector sum = sums[v] + entry;
+            lost[v] = (sum - sums[v]) - entry;
+            sums[v] = sum;
+        }
+    }
+}
+
+void sum_columns(Rows<const float> from, std::int64_t rows, std::int64_t begin, std::int64_t end, float* to) {
+    std::int64_t column = begin;
+    for (; column + kSumVectors * kLanes <= end; column += kSumVectors * kLanes) {
+        Vector sums[kSumVectors] = {};
+        sum_rows<kSumVectors>(
+            rows, [&](std::int64_t row, int v) { return load(from[row] + column + v * kLanes); }, sums);
+        for (int v = 0; v < kSumVectors; ++v) store(to + column + v * kLanes, sums[v]);
+    }
+    for (; column < end; column += kLanes) {
+        const std::int64_t used = smaller(kLanes, end - column);
+        Vector sums[1] = {};
+        sum_rows<1>(rows, [&](std::int64_t row, int) { return load_first(from[row] + column, used); }, sums);
+        for (std::int64_t j = 0; j < used; ++j) to[column + j] = sums[0][j];
+    }
+}
+
 }  // namespace
 
-const LowRankSparseKernels LPAF_KERNELS = {project, expand<Stored::kAsIs>, expand<Stored::kTransposed>};
+const LowRankSparseKernels LPAF_KERNELS = {project, expand<Stored::kAsIs>, expand<Stored::kTransposed>,
+                                           sum_columns};
 
 }  // namespace lpaf::cpu

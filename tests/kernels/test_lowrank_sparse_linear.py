@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
+import native
 import pytest
 import torch
 import torch._dynamo.testing
@@ -12,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpaf_kernels import LowRankSparseLinear, lowrank_sparse_linear, packed_lowrank_sparse_linear
+from lpaf_kernels.ops import lowrank_sparse_linear as op
 from lpaf_kernels.ops.lowrank_sparse_linear import lowrank_sparse_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -280,6 +285,25 @@ def test_bad_input(change, error, text):
 def test_bad_factors(change, text):
     with pytest.raises(ValueError, match=text):
         lowrank_sparse_linear(**{"x": torch.ones(5, 7), "u": torch.ones(7, 3), "v": torch.ones(3, 6), **change})
+
+
+@pytest.fixture(scope="module", params=["default", "avx2", "avx512"])
+def instruction_set(request) -> Iterator[Callable]:
+    """Run a function of :mod:`native` in a process that may use instructions up to this set."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=native.start_process) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ATEN_CPU_CAPABILITY", request.param)
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            pool.submit(native.check, 0).result()
+        yield lambda seed: pool.submit(native.check, seed).result()
+
+
+@pytest.mark.skipif(not op._HAS_NATIVE, reason="_ops_cpu.so was not built")
+@pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 200, 25)], ids=str)
+def test_native_path(seeds, instruction_set):
+    for seed in seeds:
+        instruction_set(seed)
 
 
 class TestModule:

@@ -1,0 +1,70 @@
+"""The native CPU path of lowrank_sparse_linear, in a process of its own: the instruction set is chosen once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from accuracy import check_accurate
+from lpaf_kernels.ops import lowrank_sparse_linear as op
+
+# Around the ends of tiles, passes and tasks: csrc/cpu/lowrank_sparse_linear_kernels.cpp.
+ROWS = (0, 1, 2, 3, 4, 11, 12, 13, 25, 47, 48, 49, 96, 97, 330, 1100)
+IN_FEATURES = (2, 3, 15, 16, 17, 31, 48, 100, 257, 1376, 1377, 2800)
+OUT_FEATURES = (2, 3, 15, 16, 31, 32, 33, 127, 128, 129, 300)
+RANKS = (0, 1, 3, 4, 5, 16, 41, 80, 95, 96, 97, 330)
+
+
+def start_process() -> None:
+    """What the child process does first: memory starts as NaN, and there are threads to share out work to."""
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+
+
+def check(seed: int) -> None:
+    """y, z and all gradients of one drawn shape against float64, within twice the error of torch's own products."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, rank = draw.choice(ROWS), draw.choice(RANKS)
+    d_in, d_out = draw.choice(IN_FEATURES), draw.choice(OUT_FEATURES)
+    kept = draw.choice([0, 0, 1, d_out // 2, d_out])
+    index = draw.choice([torch.int32, torch.int64])
+    biased, transposed = draw.random() < 0.7, draw.random() < 0.2
+    needs = [draw.random() < 0.8 for _ in range(4)]
+    # The largest error of a handful of entries is a matter of luck: several draws are measured together.
+    draws = []
+    for _ in range(4):
+        x = torch.randn(d_in, rows).t() if transposed else torch.randn(rows, d_in)
+        down, up = torch.randn(rank + kept, d_in) / d_in**0.5, torch.randn(rank, d_out) / max(rank, 1) ** 0.5
+        positions = torch.randperm(d_out)[:kept].sort().values.to(index) if kept else None
+        bias = torch.randn(d_out) if biased else None
+        draws.append(list(_results((x, down, up, positions, bias), torch.randn(rows, d_out), needs)))
+    for results in zip(*draws, strict=True):
+        check_accurate(*(torch.stack(same) for same in zip(*results, strict=True)))
+
+
+def _results(
+    layer: tuple[Tensor | None, ...], grad: Tensor, needs: list[bool]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(native, by torch in float32, in float64) of every output."""
+    torch_forward, torch_gradients = op._lowrank_sparse_linear_forward, op._lowrank_sparse_linear_gradients
+    y, z = op._native_forward(*layer, True)
+    yield from zip((y, z), torch_forward(*layer, True), torch_forward(*_double(*layer), True), strict=True)
+    assert op._native_forward(*layer, False)[0].equal(y)
+    arguments = (grad, *layer[:4], z)
+    gradients = op._native_gradients(*arguments, *needs)
+    by_torch, exact = torch_gradients(*arguments, *needs), torch_gradients(*_double(*arguments), *needs)
+    yield from zip(gradients, by_torch, exact, strict=True)
+    # The order of every sum follows from the sizes alone, not from the threads.
+    torch.set_num_threads(1)
+    for alone, shared in zip(op._native_gradients(*arguments, *needs), gradients, strict=True):
+        assert alone.equal(shared)
+    torch.set_num_threads(2)
+
+
+def _double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
