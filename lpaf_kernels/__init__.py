@@ -6,6 +6,7 @@ import torch
 
 from ._library import NATIVE
 from ._version import __version__
+from .nn.fold import fold_kept
 from .nn.lowrank_sparse_linear import LowRankSparseLinear
 from .nn.masked_linear import MaskedLinear
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
@@ -26,6 +27,7 @@ __all__ = [
     "clear_paths",
     "draw_paths",
     "explain",
+    "fold_kept",
     "keep_threshold",
     "lowrank_sparse_linear",
     "masked_linear",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..ops._checks import check_fraction
+from .fold import check_fold, fold_kept
 from .lowrank_sparse_linear import LowRankSparseLinear
 
 
@@ -16,6 +17,7 @@ def swap_linears(
     rank: int,
     keep: float = 0.0,
     names: Callable[[str], bool] | Iterable[str] | None = None,
+    fold: Iterable[tuple[str, str] | tuple[str, str, int]] = (),
 ) -> list[str]:
     """Replace nn.Linear layers of ``model`` by their :class:`LowRankSparseLinear`, in place.
 
@@ -27,8 +29,11 @@ def swap_linears(
             0.0.
         names: which layers: a list of module names, each of which must be there and fit the rank; or a
             predicate on the name. Default: all. With the default or a predicate, layers that would not get
-                smaller and layers whose
-            weight is shared with another module (a decoder tied to its embedding) are left alone.
+            smaller and layers whose weight is shared with another module (a decoder tied to its embedding) are
+            left alone.
+        fold: (first, second) or (first, second, heads) names of layers between which neurons are reordered so
+            that the kept columns of the first lie side by side, see :func:`fold_kept`; the first must be among
+            those that are replaced. Default: none.
 
     Returns:
         The names of the replaced layers, in the order of the model. A layer that the model holds twice is
@@ -36,7 +41,7 @@ def swap_linears(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; a named layer that is missing,
-            not an nn.Linear, tied, or too small for the rank; no layer replaced.
+            not an nn.Linear, tied, or too small for the rank; no layer replaced. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -68,6 +73,7 @@ def swap_linears(
         raise ValueError(
             f"names: expected at least one nn.Linear that rank {rank} makes smaller, found none among {len(linears)}"
         )
+    pairs = [_check_fold(pair, chosen, linears, tied) for pair in fold]
     made: dict[int, LowRankSparseLinear] = {}
     for name in chosen:
         linear = linears[name]
@@ -75,6 +81,8 @@ def swap_linears(
             made[id(linear)] = LowRankSparseLinear.from_linear(linear, rank, keep)
             made[id(linear)].train(linear.training)
         model.set_submodule(name, made[id(linear)])
+    for first, second, heads in pairs:
+        fold_kept(model.get_submodule(first), model.get_submodule(second), heads)
     return chosen
 
 
@@ -91,6 +99,21 @@ def _tied(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(id(module))
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}
+
+
+def _check_fold(
+    pair: tuple, chosen: list[str], linears: dict[str, nn.Linear], tied: set[int]
+) -> tuple[str, str, int | None]:
+    pair = tuple(pair)
+    if len(pair) not in (2, 3) or not all(isinstance(name, str) for name in pair[:2]):
+        raise ValueError(f"fold: expected (first, second) or (first, second, heads), got {pair!r}")
+    first, second = pair[:2]
+    for name, found in ((first, first in chosen), (second, second in linears and id(linears[second]) not in tied)):
+        if not found:
+            raise ValueError(f"fold: expected names of layers that are replaced and read their output, got {name!r}")
+    heads = pair[2] if len(pair) == 3 else None
+    check_fold(linears[first].out_features, linears[second].in_features, heads)
+    return first, second, heads
 
 
 def _check_named(name: str, linear: nn.Linear | None, rank: int, tied: set[int]) -> None:

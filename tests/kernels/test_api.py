@@ -23,6 +23,7 @@ PUBLIC = [
     "clear_paths",
     "draw_paths",
     "explain",
+    "fold_kept",
     "keep_threshold",
     "lowrank_sparse_linear",
     "masked_linear",
