@@ -20,6 +20,7 @@ Compress a transformer by pruning and low-rank factorisation.
                                     make a small, fast copy of your model
   lpaf evaluate --model small --task sst2
   lpaf bench    --model small       latency against the dense original
+  lpaf tune     --model small       choose the fastest kernels for this GPU by measuring
   lpaf inspect  --model small       ranks, spectra and sparsity patterns
 
 A compressed directory loads in any transformers program after `import lpaf`.
@@ -47,7 +48,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default not in (None, False, True, "", argparse.SUPPRESS) and "default" not in text:
+        if action.default not in (None, False, True, "", [], argparse.SUPPRESS) and "default" not in text:
             text += " (default: %(default)s)"
         return text
 
@@ -187,6 +188,58 @@ def run_bench(arguments: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=1)) if arguments.json else show(bench_table(bench_lines(rows)))
 
 
+def _shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if len(sizes) == 3:
+        sizes = (*sizes, 0)
+    if len(sizes) != 4 or min(sizes[:2]) < 1 or min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"expected IN,OUT,RANK or IN,OUT,RANK,KEPT such as 768,3072,80, got {text!r}")
+    return sizes
+
+
+def add_tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="compressed model whose layers are measured")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="IN,OUT,RANK,KEPT",
+        help="a layer to measure; may be given several times",
+    )
+    parser.add_argument(
+        "--rows", type=_numbers, metavar="N,N", help="batch times length (default: 1,16,128,512,4096,16384)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of the layers")
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("inference", "training"),
+        default="training",
+        help="training measures the backward too",
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop then; what was measured is kept")
+    parser.add_argument("--output", metavar="FILE", help="the table (default: your own, which the layers read)")
+
+
+def run_tune(arguments: argparse.Namespace) -> None:
+    from .evaluate.tune import tune
+
+    written = tune(
+        arguments.model,
+        arguments.shape,
+        rows=arguments.rows,
+        dtype=arguments.dtype,
+        purpose=arguments.purpose,
+        budget=arguments.budget,
+        output=arguments.output,
+    )
+    print(f"table in {written}")
+
+
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
     parser.add_argument("--pictures", metavar="DIR", help="write the pictures and a page with them here")
@@ -223,6 +276,7 @@ COMMANDS = {
     "compress": (add_compress_options, run_compress, "compress a model for a task"),
     "evaluate": (add_evaluate_options, run_evaluate, "score a model on a task"),
     "bench": (add_bench_options, run_bench, "time a model against another, interleaved"),
+    "tune": (add_tune_options, run_tune, "choose the fastest kernels for this GPU by measuring"),
     "inspect": (add_inspect_options, run_inspect, "show ranks, spectra and sparsity patterns"),
     "demo": (add_demo_options, run_demo, "run the whole story on a built-in model and task"),
 }
