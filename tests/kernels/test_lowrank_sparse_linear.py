@@ -14,6 +14,9 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lpaf_kernels import LowRankSparseLinear, lowrank_sparse_linear, packed_lowrank_sparse_linear
 from lpaf_kernels.ops import lowrank_sparse_linear as op
@@ -185,6 +188,56 @@ def test_autocast(grad, compiled):
     if grad:
         y.sum().backward()
         assert layer.down.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_gradient_checkpointing(reentrant, autocast):
+    layers = [LowRankSparseLinear.from_linear(nn.Linear(7, 7), 3, 0.3) for _ in range(2)]
+    layers[0].activation = "gelu"
+    x = torch.randn(5, 7, requires_grad=True)
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x, *layers[0].parameters(), *layers[1].parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = run(x)
+        y.float().square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    expected = gradients(lambda x: layers[1](layers[0](x)))
+    actual = gradients(lambda x: checkpoint(lambda x: layers[1](layers[0](x)), x, use_reentrant=reentrant))
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_tracers_see_the_operator():
+    """Where something watches or transforms the operators, the call goes through the dispatcher."""
+    x, down, up, kept, bias = make((5,), 7, 6, 3, 2, True)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(function)
+            return function(*arguments, **(keywords or {}))
+
+    with Watch():
+        packed_lowrank_sparse_linear(x, down, up, kept, bias, "gelu").sum().backward()
+    operators = torch.ops.lpaf_kernels
+    assert operators.lowrank_sparse_linear.default in seen
+    assert operators.lowrank_sparse_linear_backward.default in seen
+    graph = make_fx(lambda x: packed_lowrank_sparse_linear(x, down, up, kept, bias))(x).graph
+    assert operators.lowrank_sparse_linear.default in {node.target for node in graph.nodes}
+
+
+def test_second_derivatives_are_refused():
+    x, down, up, kept, bias = make((5,), 7, 6, 3, 2, True)
+    (gradient,) = torch.autograd.grad(
+        packed_lowrank_sparse_linear(x, down, up, kept, bias).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "tanh"])
