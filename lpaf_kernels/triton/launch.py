@@ -35,7 +35,7 @@ class Launch:
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer") or one row tile's columns
             ("one_kernel"). 0: as many as fill the device.
-        max_width: rank columns that one program holds at most, up to 272.
+        max_width: rank columns that one program holds at most, up to 272; "one_kernel" holds a quarter of 4 bytes.
         archs: the compute capabilities times ten (80, 90, 100) it is meant for.
     """
 
@@ -71,6 +71,14 @@ class Launch:
         sides = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k))
         return f"{self.kernel}-{sides}-w{self.num_warps}-s{self.num_stages}-p{self.splits}-r{self.max_width}"
 
+    def holds(self, width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        """Whether it can run at ``width`` rank columns: only one_kernel must hold all of them at once.
+
+        It keeps z as an operand of its second product, in registers: of 4-byte numbers (TF32) a quarter fits.
+        """
+        most = self.max_width if dtype.itemsize <= 2 else self.max_width // 4
+        return self.kernel != "one_kernel" or width <= most
+
     @property
     def instruction(self) -> dict[int, str]:
         """By capability, the matrix instruction that products of 16-bit numbers must compile to."""
@@ -85,7 +93,8 @@ _SHIPPED = (
     Launch("project", 128, 0, 64, 8, 3, archs=_NEW),
     Launch("project", 128, 0, 64, 8, 3, max_width=192, archs=(80,)),
     Launch("project", 64, 0, 64, 4, 3, max_width=208, archs=_NEW),
-    Launch("project", 64, 0, 32, 4, 3, max_width=144),
+    Launch("project", 64, 0, 32, 4, 3, max_width=144, archs=_NEW),
+    Launch("project", 64, 0, 32, 4, 2, max_width=144, archs=(80,)),
     # Few row tiles: the depth is split, or the rank columns go to more programs.
     Launch("project", 64, 0, 64, 4, 3, splits=4, max_width=80, archs=_NEW),
     Launch("project", 32, 0, 64, 4, 4, max_width=144),
@@ -94,8 +103,11 @@ _SHIPPED = (
     Launch("project", 16, 0, 128, 4, 2, splits=2, max_width=64),
     Launch("project", 16, 0, 128, 2, 2, splits=4, max_width=32),
     Launch("expand", 128, 128, 64, 8, 3),
-    Launch("expand", 64, 128, 64, 4, 3),
-    Launch("expand", 32, 64, 64, 2, 3),
+    Launch("expand", 64, 128, 64, 4, 3, archs=_NEW),
+    Launch("expand", 64, 128, 64, 8, 3, archs=(80,)),
+    Launch("expand", 32, 64, 64, 2, 3, archs=(90,)),
+    Launch("expand", 32, 64, 64, 4, 3, archs=(80,)),
+    Launch("expand", 32, 64, 64, 4, 2, archs=(100,)),
     Launch("expand", 16, 64, 64, 4, 3),
     Launch("expand", 16, 32, 128, 4, 3),
     Launch("one_kernel", 128, 128, 64, 8, 3, max_width=144),
@@ -111,25 +123,25 @@ _SHIPPED = (
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
 
-def candidates(kernel: str, width: int, arch: int) -> list[Launch]:
-    """The shipped launches of ``kernel`` for a capability; one_kernel must hold all ``width`` rank columns."""
+def candidates(kernel: str, width: int, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The shipped launches of ``kernel`` for a capability that hold ``width`` rank columns of ``dtype``."""
     arch = max((known for known in (80, 90, 100) if known <= arch), default=80)
     return [
         launch
         for launch in LAUNCHES.values()
-        if launch.kernel == kernel and arch in launch.archs and (kernel != "one_kernel" or width <= launch.max_width)
+        if launch.kernel == kernel and arch in launch.archs and launch.holds(width, dtype)
     ]
 
 
-def default_launch(kernel: str, rows: int, width: int, arch: int) -> Launch:
+def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
     """What is used where nothing was measured: the tallest tile that still makes about one program per multiprocessor.
 
     Raises:
-        ValueError: one_kernel for more than 272 rank columns.
+        ValueError: more rank columns than one_kernel holds.
     """
-    found = candidates(kernel, width, arch)
+    found = candidates(kernel, width, arch, dtype)
     if not found:
-        raise ValueError(f"rank + kept: expected at most {MAX_WIDTH} for {kernel}, got {width}")
+        raise ValueError(f"rank + kept: too many for {kernel} in {str(dtype).removeprefix('torch.')}, got {width}")
     if kernel == "outer":
         return found[0]
     fits = [launch for launch in found if launch.splits != 4 and rows >= 64 * launch.block_m]

@@ -21,6 +21,8 @@ ALL_CASES = [
     *((shape, torch.bfloat16, activation) for shape in SHAPES for activation in ("none", "gelu")),
     (SHAPES[1], torch.float16, "silu"),
 ]
+# Products of 4-byte numbers where torch allows TF32; one_kernel holds fewer columns of them.
+TF32_SHAPES = [SHAPES[1], (4096, 768, 3072, 80, 41), (512, 768, 768, 41, 8), (16, 768, 768, 16, 8)]
 
 
 def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
@@ -49,7 +51,7 @@ def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation
         elif launch.kernel == "outer":
             kernels.outer(z, rank + kept, x, launch)
             kernels.outer(z, rank, grad, launch, True)
-        elif rank + kept <= launch.max_width:
+        elif launch.holds(rank + kept, dtype):
             kernels.one_kernel(x, down, up, launch, positions, bias, activation)
             kernels.one_kernel(x, down, up, launch, positions, bias, activation, True, activation != "none")
     return recorded

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..triton import missing
-from ..triton.launch import LAUNCHES, MAX_WIDTH
+from ..triton.launch import LAUNCHES, candidates
 from .table import Plan, Resolved, Shape, Table
 
 TABLES = Path(__file__).parent / "tables"
@@ -136,17 +136,19 @@ def choose(shape: Shape, rows: int, gpu: Gpu, inference: bool = True) -> Plan:
         if plan.provider == "dense":
             if inference:
                 return plan
-        elif gpu.triton is not None and plan not in _broken and _holds(plan, shape):
+        elif gpu.triton is not None and plan not in _broken and _holds(plan, shape, gpu.arch):
             return plan
     return _CHAIN
 
 
-def _holds(plan: Plan, shape: Shape) -> bool:
+def _holds(plan: Plan, shape: Shape, arch: int) -> bool:
     """Whether one_kernel, which may have been measured on a near shape, can hold this one's rank columns."""
+    width, dtype = shape.rank + shape.kept, getattr(torch, shape.dtype)
     if plan.provider != "one_kernel":
         return True
-    limit = min((LAUNCHES[name].max_width for name in plan.launches if name in LAUNCHES), default=MAX_WIDTH)
-    return shape.rank + shape.kept <= limit
+    if not plan.launches:
+        return bool(candidates("one_kernel", width, arch, dtype))
+    return all(LAUNCHES[name].holds(width, dtype) for name in plan.launches if name in LAUNCHES)
 
 
 def _force(shape: Shape, rows: int, gpu: Gpu, inference: bool) -> Plan:
@@ -156,7 +158,9 @@ def _force(shape: Shape, rows: int, gpu: Gpu, inference: bool) -> Plan:
     if provider in TRITON_PROVIDERS and gpu.triton is None:
         raise RuntimeError(f"provider {_forced!r} was forced: {missing()}")
     ranked = resolve(shape, gpu).at(rows)
-    return next((plan for plan in ranked if plan.provider == provider and _holds(plan, shape)), Plan(provider))
+    return next(
+        (plan for plan in ranked if plan.provider == provider and _holds(plan, shape, gpu.arch)), Plan(provider)
+    )
 
 
 def forget() -> None:
@@ -238,8 +242,8 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         gpu = current_gpu(layer.down.get_device())
     if _forced is not None:
         return Choice(shape, rows, _force(shape, rows, gpu, direction == "forward"), "forced by use_provider")
-    if not matrix_unit(layer.down.dtype):
-        return Choice(shape, rows, _CHAIN, f"{dtype} products do not use the matrix unit at torch's precision setting")
+    if not matrix_unit(layer.down.dtype, gpu.arch):
+        return Choice(shape, rows, _CHAIN, f"{dtype} products are cuBLAS's here, at torch's precision setting")
     found = resolve(shape, gpu)
     plan = choose(shape, rows, gpu, inference=direction == "forward")
     others = tuple(other for other in found.at(rows) if other != plan)
@@ -247,11 +251,12 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
     return Choice(shape, rows, plan, f"{found.reason}{nearest}", others)
 
 
-def matrix_unit(dtype: torch.dtype) -> bool:
-    """Whether products of ``dtype`` may use the matrix unit: 16-bit types, and float32 where torch allows TF32.
+def matrix_unit(dtype: torch.dtype, arch: int) -> bool:
+    """Whether products of ``dtype`` are for our kernels: 16-bit types, and float32 where torch allows TF32.
 
-    Exact float32 and float64 products are cuBLAS's: a kernel of ours has nothing to add to them.
+    Exact float32 and float64 products are cuBLAS's: a kernel of ours has nothing to add to them. So are TF32's on
+    sm_100, where some launches would spill.
     """
     if dtype == torch.float32:
-        return torch.get_float32_matmul_precision() != "highest"
+        return arch < 100 and torch.get_float32_matmul_precision() != "highest"
     return dtype in (torch.float16, torch.bfloat16)

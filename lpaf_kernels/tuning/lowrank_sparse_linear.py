@@ -50,14 +50,16 @@ class Problem(NamedTuple):
         return Shape(OP, direction, dtype, in_features, out_features, rank, width - rank)
 
 
-def launches(plan: Plan, kernels: tuple[str, ...], rows: int, width: int, arch: int) -> list[Launch]:
+def launches(
+    plan: Plan, kernels: tuple[str, ...], rows: int, width: int, arch: int, dtype: torch.dtype
+) -> list[Launch]:
     """The launch configurations of ``plan`` for its kernels, by name or, where it names none, the defaults.
 
     Raises:
-        ValueError: a name that this version does not have, or one_kernel with more than 272 rank columns.
+        ValueError: a name that this version does not have, or more rank columns than one_kernel holds.
     """
     if not plan.launches:
-        return [default_launch(kernel, rows, width, arch) for kernel in kernels]
+        return [default_launch(kernel, rows, width, arch, dtype) for kernel in kernels]
     unknown = [name for name in plan.launches if name not in LAUNCHES]
     if unknown or [LAUNCHES[name].kernel for name in plan.launches] != list(kernels):
         raise ValueError(f"launches: expected one of {', '.join(kernels)} each, got {', '.join(plan.launches)}")
@@ -71,12 +73,12 @@ def forward(plan: Plan, problem: Problem, training: bool, save_pre: bool, arch: 
     if plan.provider == "one_kernel":
         from ..triton import lowrank_sparse_linear as kernels
 
-        (launch,) = launches(plan, ("one_kernel",), rows, width, arch)
+        (launch,) = launches(plan, ("one_kernel",), rows, width, arch, x.dtype)
         return kernels.one_kernel(x, down, up, launch, kept, bias, activation, training, save_pre)
     if plan.provider == "two_kernels":
         from ..triton import lowrank_sparse_linear as kernels
 
-        first, second = launches(plan, ("project", "expand"), rows, width, arch)
+        first, second = launches(plan, ("project", "expand"), rows, width, arch, x.dtype)
         keep_splits = not training and second.block_m <= MAX_SPLIT_ROWS
         z, splits, _ = kernels.project(x, down, first, keep_splits=keep_splits)
         y, pre = kernels.expand(z, splits, up, x.dtype, second, kept, bias, activation, save_pre)
@@ -118,7 +120,7 @@ def backward(
 
     x, down, up, kept, _, activation = problem
     width = down.shape[0]
-    first, second, third = launches(plan, ("project", "expand", "outer"), x.shape[0], width, arch)
+    first, second, third = launches(plan, ("project", "expand", "outer"), x.shape[0], width, arch, x.dtype)
     d_x, d_down, d_up, d_bias = (x.new_empty(0) for _ in range(4))
     # Also where only the gradients of up or bias are asked for: it takes the derivative of the activation.
     d_z, _, grad = kernels.project(grad, up, first, kept, saved, activation, keep_splits=False)
@@ -233,7 +235,7 @@ def cuda_backward(
 def _plan(problem: Problem, gpu: dispatch.Gpu, direction: str) -> Plan:
     dtype, width = problem.x.dtype, problem.down.shape[0]
     # Forced kernels take exact float32 too, so that they can be compared.
-    if width == 0 or not (dispatch.matrix_unit(dtype) or (dispatch.is_forced() and dtype == torch.float32)):
+    if width == 0 or not (dispatch.matrix_unit(dtype, gpu.arch) or (dispatch.is_forced() and dtype == torch.float32)):
         return Plan("chain")
     shape, rows = problem.shape(direction), problem.x.shape[0]
     plan = dispatch.choose(shape, rows, gpu, inference=direction == "forward")

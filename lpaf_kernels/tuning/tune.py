@@ -84,9 +84,9 @@ def make_problem(
     )
 
 
-def forward_plans(width: int, arch: int) -> list[Plan]:
+def forward_plans(width: int, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Plan]:
     """Every forward plan that is worth a measurement."""
-    single = [Plan("one_kernel", (launch.name,)) for launch in candidates("one_kernel", width, arch)]
+    single = [Plan("one_kernel", (launch.name,)) for launch in candidates("one_kernel", width, arch, dtype)]
     pairs = itertools.product(candidates("project", width, arch), candidates("expand", width, arch))
     # A short first kernel never meets a tall second one: both follow the row count.
     double = [
@@ -112,7 +112,9 @@ def rank_plans(
 ) -> tuple[Plan, ...]:
     """The plans that compute the right thing, the fastest first, with their microseconds."""
     width, rows = problem.down.shape[0], problem.x.shape[0]
-    plans = forward_plans(width, gpu.arch) if direction == "forward" else backward_plans(width, gpu.arch)
+    plans = (
+        forward_plans(width, gpu.arch, problem.x.dtype) if direction == "forward" else backward_plans(width, gpu.arch)
+    )
     # Tall tiles make no sense on few rows: more than half of the tile would be padding.
     plans = [plan for plan in plans if _least_rows(plan) <= max(2 * rows, 16)]
     copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(problem.x.nbytes, 1)))

@@ -200,7 +200,7 @@ def test_ranking_drops_what_is_wrong_and_sorts_by_time(direction: str, monkeypat
     """On the CPU, without kernels: the chain, the dense weight, and one planted wrong plan."""
     wrong = Plan("two_kernels") if direction == "forward" else Plan("kernels")
     others = [Plan("chain"), Plan("dense")] if direction == "forward" else [Plan("chain")]
-    monkeypatch.setattr(tune, f"{direction}_plans", lambda width, arch: [wrong, *others])
+    monkeypatch.setattr(tune, f"{direction}_plans", lambda *_: [wrong, *others])
     forward = plans.forward
 
     def broken(plan, problem, training, save_pre, arch):
@@ -260,3 +260,20 @@ def test_tables_are_json_with_one_line_per_row_count(write) -> None:
     text = write({SHAPE: {16: (ONE, CHAIN), 4096: (CHAIN,)}}).read_text()
     assert json.loads(text)["entries"][0]["rows"]["16"][0] == ["one_kernel", list(ONE.launches), 2.0]
     assert sum('"chain"' in line for line in text.splitlines()) == 2
+
+
+def test_float32_is_ours_only_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision, expected in (("highest", False), ("high", True), ("medium", True)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert dispatch.matrix_unit(torch.float32, 90) == expected
+        assert not dispatch.matrix_unit(torch.float32, 100)
+        assert not dispatch.matrix_unit(torch.float64, 90)
+        assert dispatch.matrix_unit(torch.bfloat16, 100)
+
+
+def test_one_kernel_holds_a_quarter_of_4_byte_columns() -> None:
+    launch = next(launch for launch in LAUNCHES.values() if launch.kernel == "one_kernel" and launch.max_width == 144)
+    assert launch.holds(144) and not launch.holds(145)
+    assert launch.holds(36, torch.float32) and not launch.holds(37, torch.float32)
+    other = next(launch for launch in LAUNCHES.values() if launch.kernel == "project")
+    assert other.holds(4096, torch.float32)
