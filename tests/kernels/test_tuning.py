@@ -273,7 +273,7 @@ def test_float32_is_ours_only_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_kernel_holds_a_quarter_of_4_byte_columns() -> None:
     launch = next(launch for launch in LAUNCHES.values() if launch.kernel == "one_kernel" and launch.max_width == 144)
-    assert launch.holds(144) and not launch.holds(145)
-    assert launch.holds(36, torch.float32) and not launch.holds(37, torch.float32)
+    assert [launch.holds(width) for width in (144, 145)] == [True, False]
+    assert [launch.holds(width, torch.float32) for width in (36, 37)] == [True, False]
     other = next(launch for launch in LAUNCHES.values() if launch.kernel == "project")
     assert other.holds(4096, torch.float32)
