@@ -22,6 +22,7 @@ NUMBERS = ("in", "out", "rank", "kept", "rows", "bytes", "flops", "ceiling_bandw
 WORDS = ("op", "dtype", "direction", "provider", "device", "run")
 CELL = ("op", "in", "out", "rank", "kept", "rows", "batch", "length", "dtype", "direction")
 BASELINES = ("dense", "chain")
+BASELINE_WORDS = {"dense": "the dense one", "chain": "the same factors as an eager chain"}
 # The shares of kept columns, in per cent, that lines are grouped by.
 KEPT_STYLES = {
     0: ("#0072b2", "o", "-"),
@@ -276,7 +277,7 @@ def bench_pictures(rows: Sequence[Row]) -> list[Picture]:
     found = []
     for baseline in BASELINES:
         for axis, words, others in (("rank", "the rank", "all M"), ("rows", "the rows M", "all ranks")):
-            caption = SPEEDUP_CAPTION.format(baseline=f"the {baseline} one", axis=words, others=others)
+            caption = SPEEDUP_CAPTION.format(baseline=BASELINE_WORDS[baseline], axis=words, others=others)
             title = f"Speed-up over {baseline} against {words}"
             picture = Picture(f"speedup_{baseline}_{axis}", title, caption, speedup_figure(rows, baseline, axis))
             found.append(picture)
