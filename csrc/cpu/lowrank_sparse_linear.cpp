@@ -13,6 +13,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/torch_products.h"
 #include "tensor_checks.h"
 
 namespace lpaf::cpu {
@@ -192,18 +196,6 @@ Tensor as_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-Tensor empty_float32(const std::vector<int64_t>& shape) {
-    std::vector<int64_t> strides(shape.size(), 1);
-    for (size_t dim = shape.size(); dim-- > 1;) {
-        strides[dim - 1] = strides[dim] * std::max<int64_t>(1, shape[dim]);
-    }
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           strides.data(), aoti_torch_dtype_float32(),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-}
-
 const float* floats(const Tensor& tensor) {
     return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -213,10 +205,10 @@ void check_matrix(const char* op, const char* name, const Tensor& tensor) {
         invalid(op, ": ", name, " has shape ", shape_of(tensor), ", expected two dimensions");
 }
 
-void check_float32(const char* op, const char* name, const Tensor& tensor) {
-    if (tensor.scalar_type() != ScalarType::Float || !tensor.is_cpu()) {
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+    if (tensor.scalar_type() != expected || !tensor.is_cpu()) {
         invalid(op, ": ", name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-                ", expected float32 on the CPU");
+                ", expected ", torch::headeronly::toString(expected), " on the CPU");
     }
 }
 
@@ -249,16 +241,22 @@ KeptColumns kept_columns(const char* op, const Tensor& kept, int64_t out) {
 struct Arguments {
     Tensor x, down, up;
     std::optional<Tensor> kept, bias;
-    LowRankSparseLayer layer;
+    ScalarType dtype;
+    LowRankSparseLayer layer;           // its pointers are those of float32
     std::vector<int64_t> lead;  // all dimensions of x but the last
     int64_t rows = 1;           // their product
 
     Arguments(const char* op, const Tensor& x_, const Tensor& down_, const Tensor& up_,
               const std::optional<Tensor>& kept_, const std::optional<Tensor>& bias_)
         : x(as_contiguous(x_)), down(as_contiguous(down_)), up(as_contiguous(up_)), kept(kept_), bias(bias_) {
-        check_float32(op, "x", x);
-        check_float32(op, "down", down);
-        check_float32(op, "up", up);
+        dtype = x.scalar_type();
+        if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+            invalid(op, ": x has dtype ", torch::headeronly::toString(dtype),
+                    ", expected float32, bfloat16 or float16");
+        }
+        check_dtype(op, "x", x, dtype);
+        check_dtype(op, "down", down, dtype);
+        check_dtype(op, "up", up, dtype);
         check_matrix(op, "down", down);
         check_matrix(op, "up", up);
         layer = {down.size(1), up.size(0), up.size(1), floats(down), floats(up), nullptr, {}};
@@ -267,7 +265,7 @@ struct Arguments {
             layer.kept = kept_columns(op, *kept, layer.out);
         }
         if (bias) {
-            check_float32(op, "bias", *bias);
+            check_dtype(op, "bias", *bias, dtype);
             if (bias->dim() != 1 || bias->size(0) != layer.out) {
                 invalid(op, ": bias has shape ", shape_of(*bias), ", expected [", layer.out, "]");
             }
@@ -294,14 +292,86 @@ struct Arguments {
     }
 };
 
+// In 16 bits: torch's products, whose kernels use the processor's 16-bit instructions, and the kept columns here,
+// which torch would add through an index as large as they are.
+
+// y[:, kept] += z[:, rank:], or, where gather is set, z[:, rank:] = y[:, kept].
+template <class Entry>
+void move_kept(const LowRankSparseLayer& layer, int64_t rows, Entry* z, Entry* y, bool gather) {
+    if (layer.kept.size == 0) return;
+    share_out(rows, 1, 8 * layer.kept.size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            Entry* z_row = z + row * layer.columns() + layer.rank;
+            Entry* y_row = y + row * layer.out;
+            for (int64_t j = 0; j < layer.kept.size; ++j) {
+                Entry& at = y_row[layer.kept[j]];
+                if (gather) {
+                    z_row[j] = at;
+                } else {
+                    at = static_cast<Entry>(static_cast<float>(at) + static_cast<float>(z_row[j]));
+                }
+            }
+        }
+    });
+}
+
+void move_kept_16_bit(const Arguments& arguments, const Tensor& z, const Tensor& y, bool gather) {
+    const auto move = [&]<class Entry>(Entry) {
+        move_kept(arguments.layer, arguments.rows, static_cast<Entry*>(z.mutable_data_ptr()),
+                  static_cast<Entry*>(y.mutable_data_ptr()), gather);
+    };
+    if (arguments.dtype == ScalarType::BFloat16) {
+        move(torch::headeronly::BFloat16{});
+    } else {
+        move(torch::headeronly::Half{});
+    }
+}
+
+void forward_16_bit(const Arguments& arguments, const Tensor& z, const Tensor& y) {
+    const auto& [in, rank, out, down, up, bias, kept] = arguments.layer;
+    const Tensor rows = matrix(arguments.x, arguments.rows, in, in);
+    const Tensor low = matrix(z, arguments.rows, rank, arguments.layer.columns());
+    const Tensor result = matrix(y, arguments.rows, out, out);
+    multiply(z, rows, transposed(arguments.down));
+    if (arguments.bias) {
+        multiply_add(result, *arguments.bias, low, arguments.up);
+    } else {
+        multiply(result, low, arguments.up);
+    }
+    move_kept_16_bit(arguments, z, y, false);
+}
+
+// grad [rows, out] contiguous; the pointers are null where a gradient is not needed.
+void gradients_16_bit(const Arguments& arguments, const Tensor& grad, const Tensor& z, const Tensor* d_x,
+                      const Tensor* d_down, const Tensor* d_up) {
+    const LowRankSparseLayer& layer = arguments.layer;
+    const int64_t rows = arguments.rows, columns = layer.columns();
+    if (d_x != nullptr || d_down != nullptr) {
+        const Tensor d_z = empty({rows, columns}, dtype_of(grad));
+        multiply(matrix(d_z, rows, layer.rank, columns), grad, transposed(arguments.up));
+        move_kept_16_bit(arguments, d_z, grad, true);
+        if (d_x != nullptr) multiply(matrix(*d_x, rows, layer.in, layer.in), d_z, arguments.down);
+        if (d_down != nullptr) {
+            multiply(*d_down, transposed(d_z), matrix(arguments.x, rows, layer.in, layer.in));
+        }
+    }
+    if (d_up != nullptr) multiply(*d_up, transposed(matrix(z, rows, layer.rank, z.stride(0))), grad);
+}
+
 std::tuple<Tensor, Tensor> lowrank_sparse_linear_forward(Tensor x, Tensor down, Tensor up,
                                                          std::optional<Tensor> kept,
                                                          std::optional<Tensor> bias, bool keep_z) {
     const Arguments arguments("lowrank_sparse_linear_forward", x, down, up, kept, bias);
     const LowRankSparseLayer& layer = arguments.layer;
     const int64_t rows = arguments.rows;
-    const Tensor y = empty_float32(arguments.with_last(layer.out));
-    const Tensor z = keep_z ? empty_float32({rows, layer.columns()}) : empty_float32({0});
+    const int32_t dtype = dtype_of(arguments.x);
+    const Tensor y = empty(arguments.with_last(layer.out), dtype);
+    if (arguments.dtype != ScalarType::Float) {
+        const Tensor z = empty({rows, layer.columns()}, dtype);
+        if (rows > 0) forward_16_bit(arguments, z, y);
+        return {y, keep_z ? z : empty({0}, dtype)};
+    }
+    const Tensor z = keep_z ? empty({rows, layer.columns()}, dtype) : empty({0}, dtype);
     Rows<float> z_rows{keep_z ? static_cast<float*>(z.mutable_data_ptr()) : nullptr, layer.columns()};
     if (rows > 0)
         forward(layer, {floats(arguments.x), layer.in}, rows, z_rows,
@@ -316,26 +386,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lowrank_sparse_linear_gradients(
     const Arguments arguments(op, x, down, up, kept, std::nullopt);
     const LowRankSparseLayer& layer = arguments.layer;
     const int64_t rows = arguments.rows;
-    check_float32(op, "grad", grad);
+    check_dtype(op, "grad", grad, arguments.dtype);
     check_matrix(op, "grad", grad);
     if (grad.size(0) != rows || grad.size(1) != layer.out) {
         invalid(op, ": grad has shape ", shape_of(grad), ", expected [", rows, ", ", layer.out, "]");
     }
     grad = as_contiguous(grad);
     if (needs_up) {
-        check_float32(op, "z", z);
+        check_dtype(op, "z", z, arguments.dtype);
         check_matrix(op, "z", z);
         if (z.size(0) != rows || z.size(1) < layer.rank || (z.numel() > 0 && z.stride(1) != 1)) {
             invalid(op, ": z has shape ", shape_of(z), ", expected [", rows, ", at least ", layer.rank,
                     "] with contiguous rows");
         }
     }
-    const auto empty_for = [](bool needed, std::vector<int64_t> shape) {
-        return empty_float32(needed ? shape : std::vector<int64_t>{0});
+    const int32_t dtype = dtype_of(arguments.x);
+    const auto empty_for = [dtype](bool needed, const std::vector<int64_t>& shape) {
+        return empty(needed ? shape : std::vector<int64_t>{0}, dtype);
     };
     const Tensor d_x = empty_for(needs_x, arguments.with_last(layer.in));
     const Tensor d_down = empty_for(needs_down, {layer.columns(), layer.in});
     const Tensor d_up = empty_for(needs_up, {layer.rank, layer.out});
+    if (arguments.dtype != ScalarType::Float) {
+        gradients_16_bit(arguments, grad, z, needs_x ? &d_x : nullptr, needs_down ? &d_down : nullptr,
+                         needs_up ? &d_up : nullptr);
+        const int64_t over_rows = 0;
+        return {d_x, d_down, d_up,
+                needs_bias ? torch::stable::sum(grad, {{&over_rows, 1}}) : empty({0}, dtype)};
+    }
     const Tensor d_bias = empty_for(needs_bias, {layer.out});
     const auto to = [](bool needed, const Tensor& gradient) {
         return needed && gradient.numel() > 0 ? static_cast<float*>(gradient.mutable_data_ptr()) : nullptr;

@@ -18,7 +18,8 @@ aten = torch.ops.aten
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
 # Backward of these needs the activation's result only, of the others its input.
 _FROM_RESULT = ("relu", "tanh")
-# csrc/cpu/lowrank_sparse_linear.cpp: float32 only, the other dtypes run through ATen.
+# csrc/cpu/lowrank_sparse_linear.cpp: these dtypes; float64 runs through ATen.
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_NATIVE = has_kernel("lowrank_sparse_linear_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_sparse_linear_forward.default
 _native_gradients = torch.ops.lpaf_kernels.lowrank_sparse_linear_gradients.default
@@ -99,7 +100,7 @@ def packed_lowrank_sparse_linear(
         and type(down) in _PLAIN_TYPES
         and type(up) in _PLAIN_TYPES
         and x.is_cpu
-        and x.dtype is torch.float32
+        and x.dtype in _NATIVE_DTYPES
         and (activation is None or activation in ACTIVATIONS)
         and not torch.is_autocast_enabled("cpu")
     ):
@@ -246,7 +247,7 @@ def _forward(
     x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None, activation: str, keep_z: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and z = x down^T [rows, r + kept] or, where it is not to be kept, an empty tensor."""
-    if _HAS_NATIVE and x.dtype == torch.float32 and x.is_cpu:
+    if _HAS_NATIVE and x.dtype in _NATIVE_DTYPES and x.is_cpu:
         y, z = _native_forward(x, down, up, kept, bias, keep_z)
     else:
         y, z = _lowrank_sparse_linear_forward(x, down, up, kept, bias, keep_z)
@@ -329,7 +330,7 @@ def _lowrank_sparse_linear_backward(
     grad = grad.reshape(-1, up.shape[1])
     if needs[2] and not plans.saves_z(*down.shape):
         z = F.linear(x.reshape(-1, x.shape[-1]), down[: up.shape[0]])
-    native = _HAS_NATIVE and x.dtype == torch.float32 and x.is_cpu
+    native = _HAS_NATIVE and x.dtype in _NATIVE_DTYPES and x.is_cpu
     gradients = _native_gradients if native else _lowrank_sparse_linear_gradients
     return gradients(grad, x, down, up, kept, z, *needs)
 
