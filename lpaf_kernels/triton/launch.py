@@ -76,8 +76,7 @@ class Launch:
 
         It keeps z as an operand of its second product, in registers: of 4-byte numbers (TF32) a quarter fits.
         """
-        most = self.max_width if dtype.itemsize <= 2 else self.max_width // 4
-        return self.kernel != "one_kernel" or width <= most
+        return self.kernel != "one_kernel" or width <= self.max_width // (1 if dtype.itemsize <= 2 else 4)
 
     @property
     def instruction(self) -> dict[int, str]:
@@ -141,7 +140,8 @@ def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.d
     """
     found = candidates(kernel, width, arch, dtype)
     if not found:
-        raise ValueError(f"rank + kept: too many for {kernel} in {str(dtype).removeprefix('torch.')}, got {width}")
+        most = max(held for held in range(MAX_WIDTH + 1) if candidates(kernel, held, arch, dtype))
+        raise ValueError(f"rank + kept: expected at most {most} for {kernel} in {dtype}, got {width}")
     if kernel == "outer":
         return found[0]
     fits = [launch for launch in found if launch.splits != 4 and rows >= 64 * launch.block_m]
