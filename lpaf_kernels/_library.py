@@ -35,6 +35,9 @@ SCHEMAS = (
     "lowrank_sparse_linear_gradients(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
     " bool needs_x, bool needs_down, bool needs_up, bool needs_bias)"
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
+    "lowrank_ffn_forward(Tensor x, Tensor down1, Tensor up1, Tensor? kept1, Tensor? bias1, Tensor down2, Tensor up2,"
+    " Tensor? kept2, Tensor? bias2, Tensor? down_gate, Tensor? up_gate, Tensor? bias_gate, Tensor? residual,"
+    " Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, float eps) -> Tensor",
     "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
 )
 

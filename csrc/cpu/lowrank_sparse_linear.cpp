@@ -2,10 +2,8 @@
 #include "cpu/lowrank_sparse_linear.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -16,62 +14,30 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/lowrank_arguments.h"
+#include "cpu/parallel.h"
 #include "cpu/torch_products.h"
-#include "tensor_checks.h"
 
 namespace lpaf::cpu {
+
+const LowRankSparseKernels& lowrank_sparse_kernels() {
+    static const LowRankSparseKernels& chosen =
+#if defined(__x86_64__)
+        for_this_processor(kBaselineKernels, kAvx2Kernels, kAvx512Kernels);
+#else
+        kBaselineKernels;
+#endif
+    return chosen;
+}
+
 namespace {
 
-// Multiplications per parallel task at least: below this, starting threads costs more than the work.
-constexpr int64_t kGrain = 1 << 17;
 // Rows per task where tasks share out rows: z stays in the second-level cache, the weights are used often.
 constexpr int64_t kRowBlock = 512;
 // With fewer rows per thread the tasks share out columns instead, so that each weight is read by one thread.
 constexpr int64_t kFewRowsPerThread = 24;
 // Columns of a gradient of the weights per task at least: a task reads whole cache lines of every row.
 constexpr int64_t kGradientColumns = 32;
-
-// The best that the processor has, or less where ATEN_CPU_CAPABILITY, torch's own variable, asks for less.
-const LowRankSparseKernels& choose_kernels() {
-#if defined(__x86_64__)
-    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string_view most = capability == nullptr ? "avx512" : capability;
-    if (most != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        return most != "avx2" && __builtin_cpu_supports("avx512f") ? kAvx512Kernels : kAvx2Kernels;
-    }
-#endif
-    return kBaselineKernels;
-}
-
-const LowRankSparseKernels& kernels() {
-    static const LowRankSparseKernels& chosen = choose_kernels();
-    return chosen;
-}
-
-// Uninitialised floats to work in.
-std::unique_ptr<float[]> scratch(int64_t size) {
-    return std::unique_ptr<float[]>(new float[static_cast<size_t>(size)]);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// Tasks on ranges of [0, size) that begin at multiples of `unit`; one entry of the range is `work`
-// multiplications.
-template <class Task>
-void share_out(int64_t size, int64_t unit, int64_t work, const Task& task) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, unit * work));
-    torch::stable::parallel_for(0, ceil_div(size, unit), grain, [&](int64_t begin, int64_t end) {
-        task(begin * unit, std::min(end * unit, size));
-    });
-}
-
-// Room for one row of z or d z: an odd number of cache lines, because rows at a multiple of a page would
-// evict each other.
-int64_t padded(int64_t columns) {
-    return ceil_div(columns, 32) * 32 + 16;
-}
 
 bool has_few_rows(int64_t rows) {
     return rows < torch::stable::get_num_threads() * kFewRowsPerThread;
@@ -91,7 +57,7 @@ void share_out_rows(int64_t rows, int64_t work, const Task& task) {
 
 // y and, where z.data is not null, z.
 void forward(const LowRankSparseLayer& layer, Rows<const float> x, int64_t rows, Rows<float> z, float* y) {
-    const LowRankSparseKernels& kernel = kernels();
+    const LowRankSparseKernels& kernel = lowrank_sparse_kernels();
     const int64_t pitch = padded(layer.columns());
     if (has_few_rows(rows)) {
         std::unique_ptr<float[]> own;
@@ -132,7 +98,7 @@ struct Gradients {
 // The gradients of forward from grad [rows, out], x [rows, in] and the first `rank` columns of z.
 void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<const float> x,
               Rows<const float> z, int64_t rows, const Gradients& to) {
-    const LowRankSparseKernels& kernel = kernels();
+    const LowRankSparseKernels& kernel = lowrank_sparse_kernels();
     const int64_t columns = layer.columns(), pitch = padded(columns);
     const bool through_z = to.x != nullptr || to.down != nullptr;
     const auto own = scratch(through_z ? rows * pitch : 0);
@@ -189,108 +155,6 @@ void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<cons
         if (to.bias != nullptr) kernel.sum_columns(grad, rows, from, until, to.bias);
     });
 }
-
-// torch::stable::contiguous and new_empty look their operators up by name, which costs a small layer its
-// lead.
-Tensor as_contiguous(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-const float* floats(const Tensor& tensor) {
-    return static_cast<const float*>(tensor.const_data_ptr());
-}
-
-void check_matrix(const char* op, const char* name, const Tensor& tensor) {
-    if (tensor.dim() != 2)
-        invalid(op, ": ", name, " has shape ", shape_of(tensor), ", expected two dimensions");
-}
-
-void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
-    if (tensor.scalar_type() != expected || !tensor.is_cpu()) {
-        invalid(op, ": ", name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-                ", expected ", torch::headeronly::toString(expected), " on the CPU");
-    }
-}
-
-KeptColumns kept_columns(const char* op, const Tensor& kept, int64_t out) {
-    KeptColumns columns;
-    columns.size = kept.numel();
-    if (kept.dim() != 1 || !kept.is_cpu()) {
-        invalid(op, ": kept has shape ", shape_of(kept), ", expected one dimension on the CPU");
-    }
-    if (kept.scalar_type() == ScalarType::Int) {
-        columns.as_int32 = static_cast<const int32_t*>(kept.const_data_ptr());
-    } else if (kept.scalar_type() == ScalarType::Long) {
-        columns.as_int64 = static_cast<const int64_t*>(kept.const_data_ptr());
-    } else {
-        invalid(op, ": kept has dtype ", torch::headeronly::toString(kept.scalar_type()),
-                ", expected int32 or int64");
-    }
-    int64_t previous = -1;
-    for (int64_t j = 0; j < columns.size; ++j) {
-        if (columns[j] <= previous || columns[j] >= out) {
-            invalid(op, ": kept[", j, "] is ", columns[j], " after ", previous,
-                    ", expected sorted unique positions in [0, ", out, ")");
-        }
-        previous = columns[j];
-    }
-    return columns;
-}
-
-// The arguments of both operators, contiguous, and the layer that points to them.
-struct Arguments {
-    Tensor x, down, up;
-    std::optional<Tensor> kept, bias;
-    ScalarType dtype;
-    LowRankSparseLayer layer;           // its pointers are those of float32
-    std::vector<int64_t> lead;  // all dimensions of x but the last
-    int64_t rows = 1;           // their product
-
-    Arguments(const char* op, const Tensor& x_, const Tensor& down_, const Tensor& up_,
-              const std::optional<Tensor>& kept_, const std::optional<Tensor>& bias_)
-        : x(as_contiguous(x_)), down(as_contiguous(down_)), up(as_contiguous(up_)), kept(kept_), bias(bias_) {
-        dtype = x.scalar_type();
-        if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
-            invalid(op, ": x has dtype ", torch::headeronly::toString(dtype),
-                    ", expected float32, bfloat16 or float16");
-        }
-        check_dtype(op, "x", x, dtype);
-        check_dtype(op, "down", down, dtype);
-        check_dtype(op, "up", up, dtype);
-        check_matrix(op, "down", down);
-        check_matrix(op, "up", up);
-        layer = {down.size(1), up.size(0), up.size(1), floats(down), floats(up), nullptr, {}};
-        if (kept) {
-            kept = as_contiguous(*kept);
-            layer.kept = kept_columns(op, *kept, layer.out);
-        }
-        if (bias) {
-            check_dtype(op, "bias", *bias, dtype);
-            if (bias->dim() != 1 || bias->size(0) != layer.out) {
-                invalid(op, ": bias has shape ", shape_of(*bias), ", expected [", layer.out, "]");
-            }
-            bias = as_contiguous(*bias);
-            layer.bias = floats(*bias);
-        }
-        if (x.dim() == 0 || x.size(-1) != layer.in) {
-            invalid(op, ": x has shape ", shape_of(x), ", expected last dimension ", layer.in);
-        }
-        if (down.size(0) != layer.columns()) {
-            invalid(op, ": down has shape ", shape_of(down), ", expected ", layer.columns(), " rows");
-        }
-        for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
-            lead.push_back(x.size(dim));
-            rows *= x.size(dim);
-        }
-    }
-    Arguments(const Arguments&) = delete;
-
-    std::vector<int64_t> with_last(int64_t size) const {
-        std::vector<int64_t> shape = lead;
-        shape.push_back(size);
-        return shape;
-    }
-};
 
 // In 16 bits: torch's products, whose kernels use the processor's 16-bit instructions, and the kept columns here,
 // which torch would add through an index as large as they are.

@@ -66,6 +66,8 @@ constexpr std::int64_t kSumWidth = 128;
 constexpr std::int64_t kSumDepth = 130;
 
 // Defined by lowrank_sparse_linear_kernels.cpp, which is compiled once per instruction set.
+// Which of them this processor runs is chosen once.
+const LowRankSparseKernels& lowrank_sparse_kernels();
 extern const LowRankSparseKernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const LowRankSparseKernels kAvx2Kernels;

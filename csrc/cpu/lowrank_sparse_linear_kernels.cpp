@@ -6,45 +6,10 @@
 
 #include "cpu/lowrank_sparse_linear.h"
 
+#include "cpu/vector.h"
+
 namespace lpaf::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRegisters = 32;
-#else
-constexpr int kLanes = 4, kRegisters = 16;
-#endif
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-
-inline Vector load(const float* from) {
-    Vector vector;
-    __builtin_memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-// The first `size` lanes from memory, the others 0.
-inline Vector load_first(const float* from, std::int64_t size) {
-    Vector vector = {};
-    for (std::int64_t lane = 0; lane < size; ++lane) vector[lane] = from[lane];
-    return vector;
-}
-
-inline void store(float* to, Vector vector) {
-    __builtin_memcpy(to, &vector, sizeof vector);
-}
-
-inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
-    return a < b ? a : b;
-}
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-    return (a + b - 1) / b;
-}
 
 // Calls work(first, integral_constant<int, n>) for tiles of n rows that cover `rows`, as even as Largest
 // allows.
@@ -266,6 +231,14 @@ inline void sum_rows(std::int64_t rows, const Load& load_at, Vector (&sums)[V]) 
             lost[v] = (sum - sums[v]) - entry;
             sums[v] = sum;
         }
+    }
+    // An infinity makes what was lost NaN: then the plain sum says which infinity it is.
+    for (int v = 0; v < V; ++v) {
+        bool finite = true;
+        for (int lane = 0; lane < kLanes; ++lane) finite &= sums[v][lane] - sums[v][lane] == 0.0f;
+        if (finite) continue;
+        sums[v] = Vector{};
+        for (std::int64_t row = 0; row < rows; ++row) sums[v] += load_at(row, v);
     }
 }
 

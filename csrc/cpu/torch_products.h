@@ -38,11 +38,9 @@ inline int32_t dtype_of(const Tensor& tensor) {
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
                      int64_t column_stride = 1) {
     const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    int64_t offset;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &handle));
+    // The offset counts from where the tensor begins, not from its storage.
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
     return Tensor(handle);
 }
 

@@ -39,15 +39,21 @@ def fold_kept(
         int64 [out]: where each output of ``first`` was before.
 
     Raises:
-        TypeError: a layer of another type.
-        ValueError: sizes that do not fit.
+        TypeError: a layer of another type, or with a parametrised weight.
+        ValueError: sizes that do not fit, or one layer twice.
     """
     alongside = list(alongside)
-    if not isinstance(first, LowRankSparseLinear):
+    if type(first) is not LowRankSparseLinear:
         raise TypeError(f"first: expected a LowRankSparseLinear, got {type(first).__name__}")
-    for name, layer in (("second", second), *((f"alongside[{i}]", layer) for i, layer in enumerate(alongside))):
-        if not isinstance(layer, (nn.Linear, LowRankSparseLinear)):
+    layers = {"first": first, "second": second} | {f"alongside[{i}]": layer for i, layer in enumerate(alongside)}
+    for name, layer in layers.items():
+        # Subclasses and parametrised layers keep more than a weight and a bias.
+        if type(layer) not in (nn.Linear, LowRankSparseLinear):
             raise TypeError(f"{name}: expected an nn.Linear or LowRankSparseLinear, got {type(layer).__name__}")
+        if any(tensor is not layer._parameters.get(key) for key, tensor in _weights(layer)):
+            raise TypeError(f"{name}: its weight is computed by a parametrisation; remove that first")
+    if len({id(layer) for layer in layers.values()}) < len(layers):
+        raise ValueError("first, second, alongside: expected different layers, got one twice")
     size = first.out_features
     check_fold(size, second.in_features, heads)
     heads = heads or 1
@@ -66,6 +72,11 @@ def fold_kept(
     starts = torch.arange(0, second.in_features, size // heads, device=order.device).view(heads, repeats, 1)
     _permute_inputs(second, (by_head + starts).flatten())
     return order
+
+
+def _weights(layer: Layer) -> list[tuple[str, Tensor | None]]:
+    names = ("weight", "bias") if isinstance(layer, nn.Linear) else ("down", "up", "bias")
+    return [(name, getattr(layer, name)) for name in names]
 
 
 def check_fold(outputs: int, inputs: int, heads: int | None) -> None:

@@ -74,6 +74,9 @@ def swap_linears(
             f"names: expected at least one nn.Linear that rank {rank} makes smaller, found none among {len(linears)}"
         )
     pairs = [_check_fold(pair, chosen, linears, tied) for pair in fold]
+    for i, role in enumerate(("first", "second")):
+        if len({id(linears[pair[i]]) for pair in pairs}) < len(pairs):
+            raise ValueError(f"fold: expected every layer once as {role}, got one twice")
     made: dict[int, LowRankSparseLinear] = {}
     for name in chosen:
         linear = linears[name]

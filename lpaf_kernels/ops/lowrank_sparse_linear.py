@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .._library import has_kernel, library, register_autocast, register_fallback
@@ -41,8 +43,8 @@ def lowrank_sparse_linear(
         x: [..., in], float32, float16, bfloat16 or float64 (as every other floating argument).
         u: [in, r]; v: [r, out]. r = 0 is valid.
         s: [in, kept], the kept columns of S. Default: none.
-        kept: int32 or int64 [kept], their sorted unique positions among the outputs; given iff ``s`` is. The
-            values are not read here: :func:`check_kept` does that where a module or checkpoint is made.
+        kept: int32 or int64 [kept], their sorted unique positions among the outputs; given iff ``s`` is.
+            :func:`check_kept` reads the values where a module or checkpoint is made, on a GPU nothing else does.
         bias: [out]. Default: none.
         activation: None, "gelu", "gelu_tanh", "relu", "silu" or "tanh".
 
@@ -60,6 +62,7 @@ def lowrank_sparse_linear(
     down = u.t()
     if s is not None:
         check_floating("s", s)
+        check_kept_type(kept)
         check_shape("s", s, u.shape[0], kept.numel(), because="the rows of u, the length of kept")
         down = torch.cat([down, s.t()])
     check_floating("v", v)
@@ -95,20 +98,17 @@ def packed_lowrank_sparse_linear(
     if (
         _HAS_NATIVE
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and type(down) in _PLAIN_TYPES
-        and type(up) in _PLAIN_TYPES
+        and _is_eager(x, down, up, kept, bias)
         and x.is_cpu
         and x.dtype in _NATIVE_DTYPES
         and (activation is None or activation in ACTIVATIONS)
         and not torch.is_autocast_enabled("cpu")
     ):
-        # The kernel checks dtypes, shapes and devices itself, in less time than it takes here. What it
-        # refuses comes to the checks below, which say why.
+        # The kernel checks dtypes and shapes itself, in less time than it takes here. What it refuses comes to the
+        # checks below, which say why.
         try:
             y, _ = _native_forward(x, down, up, kept, bias, False)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             pass
         else:
             return y if activation is None or activation == "none" else _activate_(y, activation)
@@ -187,12 +187,19 @@ def lowrank_sparse_linear_reference(
 
 
 def _is_eager(*tensors: Tensor | None) -> bool:
-    """Whether plain tensors are computed now, and nothing traces, counts or transforms the operators."""
+    """Whether plain tensors of one device are computed now, and nothing traces, counts or transforms the operators."""
+    x = tensors[0]
     return (
-        all(tensor is None or (type(tensor) in _PLAIN_TYPES and not tensor.is_meta) for tensor in tensors)
+        type(x) is Tensor
+        and not x.is_meta
+        and all(
+            tensor is None or (type(tensor) in _PLAIN_TYPES and tensor.device == x.device) for tensor in tensors[1:]
+        )
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
@@ -416,7 +423,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
     x, down, up, kept, z, saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    grads = backward(grad, x, down, up, kept, z, saved, ctx.activation, needs)
+    # A backward runs under whatever autocast surrounds it; these products take the forward's dtype.
+    kind = grad.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        grads = backward(grad, x, down, up, kept, z, saved, ctx.activation, needs)
     d_x, d_down, d_up, d_bias = (d if need else None for d, need in zip(grads, needs, strict=True))
     return d_x, d_down, d_up, None, d_bias, None
 

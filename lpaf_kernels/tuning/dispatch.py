@@ -86,11 +86,20 @@ def current_gpu(index: int) -> Gpu:
     return Gpu(properties.name, properties.major * 10 + properties.minor, version)
 
 
+def _own_table(gpu: Gpu) -> tuple[Path, ...]:
+    """The user's table, if there is one and it may be read: containers often have no home, or somebody else's."""
+    try:
+        path = user_table(gpu.name)
+        return (path,) if path.is_file() else ()
+    except (OSError, RuntimeError):
+        return ()
+
+
 @cache
 def tables(gpu: Gpu) -> tuple[Table, ...]:
     """The tables that serve ``gpu``, in order. One that was measured elsewhere is left out with a warning."""
     found = []
-    for path in (user_table(gpu.name), TABLES / f"{slug(gpu.name)}.json", DEFAULT_TABLE):
+    for path in (*_own_table(gpu), TABLES / f"{slug(gpu.name)}.json", DEFAULT_TABLE):
         if not path.is_file():
             continue
         try:
@@ -221,6 +230,7 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         A :class:`Choice`; its ``plan.provider`` is the one used, printing it tells the whole story.
 
     Raises:
+        TypeError: another kind of layer.
         ValueError: another direction, or a negative row count.
 
     Example:
@@ -228,6 +238,8 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         >>> explain(LowRankSparseLinear(768, 768, 80), rows=4096).plan.provider
         'cpu'
     """
+    if not all(isinstance(getattr(layer, name, None), torch.Tensor) for name in ("down", "up")):
+        raise TypeError(f"layer: expected a LowRankSparseLinear, got {type(layer).__name__}")
     if direction not in ("forward", "training", "backward"):
         raise ValueError(f"direction: expected forward, training or backward, got {direction!r}")
     if rows < 0:
@@ -240,15 +252,21 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         if not layer.down.is_cuda:
             return Choice(shape, rows, Plan("cpu"), f"the parameters are on {layer.down.device}")
         gpu = current_gpu(layer.down.get_device())
+    if not takes(layer.down.dtype, width, gpu):
+        return Choice(shape, rows, _CHAIN, f"{dtype} products are cuBLAS's here, at torch's precision setting")
     if _forced is not None:
         return Choice(shape, rows, _force(shape, rows, gpu, direction == "forward"), "forced by use_provider")
-    if not matrix_unit(layer.down.dtype, gpu.arch):
-        return Choice(shape, rows, _CHAIN, f"{dtype} products are cuBLAS's here, at torch's precision setting")
     found = resolve(shape, gpu)
     plan = choose(shape, rows, gpu, inference=direction == "forward")
     others = tuple(other for other in found.at(rows) if other != plan)
     nearest = f", nearest of {', '.join(map(str, found.rows))} rows" if found.rows else ""
     return Choice(shape, rows, plan, f"{found.reason}{nearest}", others)
+
+
+def takes(dtype: torch.dtype, width: int, gpu: Gpu) -> bool:
+    """Whether a layer of ``width`` rank columns is chosen for at all. Forced kernels take exact float32 too, so that
+    they can be compared."""
+    return width > 0 and (matrix_unit(dtype, gpu.arch) or (is_forced() and dtype == torch.float32))
 
 
 def matrix_unit(dtype: torch.dtype, arch: int) -> bool:

@@ -157,7 +157,8 @@ def has_dense(down: Tensor, up: Tensor, kept: Tensor | None) -> bool:
 def dense_weight(down: Tensor, up: Tensor, kept: Tensor | None) -> Tensor:
     """The dense [out, in] weight, built in float32, rounded once, and kept until one of the factors changes.
 
-    It dies with ``down``, and costs in * out numbers of memory meanwhile.
+    It dies with ``down``, and costs in * out numbers of memory meanwhile. Writing through ``.data`` goes unnoticed, as
+    it does for autograd.
     """
     state = _state(down, up, kept)
     found = _dense.get(id(down))
@@ -233,9 +234,7 @@ def cuda_backward(
 
 
 def _plan(problem: Problem, gpu: dispatch.Gpu, direction: str) -> Plan:
-    dtype, width = problem.x.dtype, problem.down.shape[0]
-    # Forced kernels take exact float32 too, so that they can be compared.
-    if width == 0 or not (dispatch.matrix_unit(dtype, gpu.arch) or (dispatch.is_forced() and dtype == torch.float32)):
+    if not dispatch.takes(problem.x.dtype, problem.down.shape[0], gpu):
         return Plan("chain")
     shape, rows = problem.shape(direction), problem.x.shape[0]
     plan = dispatch.choose(shape, rows, gpu, inference=direction == "forward")

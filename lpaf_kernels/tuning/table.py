@@ -64,7 +64,7 @@ class Rule:
     """Plans of the default table for every shape that fits; a field of None fits all.
 
     Args:
-        direction: "forward", "training" or "backward".
+        direction: "forward" (training too) or "backward".
         kept: whether there are kept columns.
         archs: compute capabilities times ten (80, 90, 100); a newer GPU counts as the newest listed one.
         dtypes: names.

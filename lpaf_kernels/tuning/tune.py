@@ -189,7 +189,7 @@ def tune_linear(
     output: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Measure every plan for every shape and row count on the current GPU, and write the table after each shape.
+    """Measure every plan for every shape and row count on the current GPU, and write the table after each measurement.
 
     Args:
         shapes: (in, out, rank, kept) of each layer shape.
@@ -206,7 +206,7 @@ def tune_linear(
 
     Raises:
         RuntimeError: no CUDA device, or no triton.
-        ValueError: a direction or a shape that does not exist.
+        ValueError: a direction or a shape that does not exist, or an ``output`` that is no table of this GPU.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("tuning measures on a GPU: torch finds no CUDA device here")
@@ -242,8 +242,17 @@ def _known(path: Path, gpu: dispatch.Gpu) -> dict[Shape, dict[int, tuple[Plan, .
     """The entries of a table that is already there and was measured on this GPU."""
     if not path.is_file():
         return {}
-    table = Table.load(path)
-    return {} if table.rejects(gpu.name, gpu.triton or "none") else dict(table.entries)
+    own = path == dispatch.user_table(gpu.name)
+    try:
+        table = Table.load(path)
+    except ValueError:
+        if own:  # dispatch has said that it is unreadable, and to write a new one
+            return {}
+        raise
+    reason = table.rejects(gpu.name, gpu.triton or "none")
+    if reason is not None and not own:
+        raise ValueError(f"output: {path} would be replaced: {reason}")
+    return {} if reason is not None else dict(table.entries)
 
 
 def _write(path: Path, entries: dict[Shape, dict[int, tuple[Plan, ...]]], gpu: dispatch.Gpu) -> None:

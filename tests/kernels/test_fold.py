@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lpaf_kernels import LowRankSparseLinear, fold_kept, swap_linears
+from lpaf_kernels import LowRankSparseLinear, MaskedLinear, fold_kept, swap_linears
 
 
 def layer(d_in: int, d_out: int, keep: float = 0.3, bias: bool = True) -> LowRankSparseLinear:
@@ -95,6 +95,29 @@ def test_swap_folds():
     assert folded[0].kept.tolist() == list(range(6))
     x = torch.randn(5, 16, dtype=torch.float64)
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_keep_more_than_a_weight_are_refused():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(24, 10))
+    for second in (normed, MaskedLinear(24, 10)):
+        with pytest.raises(TypeError, match="second: "):
+            fold_kept(layer(10, 24), second)
+    hooked = nn.utils.spectral_norm(nn.Linear(24, 10))
+    with pytest.raises(TypeError, match="second: its weight is computed"):
+        fold_kept(layer(10, 24), hooked)
+
+
+def test_no_layer_moves_twice():
+    first, gate, square = layer(10, 24), nn.Linear(10, 24), layer(24, 24)
+    with pytest.raises(ValueError, match="got one twice"):
+        fold_kept(first, nn.Linear(24, 10), alongside=[gate, gate])
+    with pytest.raises(ValueError, match="got one twice"):
+        fold_kept(square, square)
+    model = nn.ModuleDict({"a": nn.Linear(24, 24), "b": nn.Linear(24, 24), "o": nn.Linear(24, 24)})
+    for fold in ([("a", "o"), ("b", "o")], [("a", "b"), ("a", "o")]):
+        with pytest.raises(ValueError, match="fold: expected every layer once as"):
+            swap_linears(model, rank=3, keep=0.25, fold=fold)
+    assert all(type(module) is nn.Linear for module in model.values())
 
 
 @pytest.mark.parametrize(

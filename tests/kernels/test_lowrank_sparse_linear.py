@@ -157,6 +157,64 @@ def test_non_contiguous_input():
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_into_larger_tensors(dtype):
+    """Tensors that begin in the middle of their storage, as chunks of a larger one do."""
+    tensors = make((5,), 7, 6, 3, 2, True, dtype)
+    kept = tensors[3]
+    grad = torch.randn(5, 6).to(dtype)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        larger = torch.randn(tensor.numel() + 13).to(dtype)
+        larger[13:] = tensor.detach().flatten()
+        return larger[13:].view(tensor.shape).requires_grad_()
+
+    def run(x, down, up, bias, grad) -> list[torch.Tensor]:
+        with torch.no_grad():
+            y = packed_lowrank_sparse_linear(x, down, up, kept, bias)
+        recorded = packed_lowrank_sparse_linear(x, down, up, kept, bias, "gelu")
+        return [y, recorded, *torch.autograd.grad(recorded, [x, down, up, bias], grad)]
+
+    whole = [tensors[i] for i in (0, 1, 2, 4)]
+    views = [shifted(tensor) for tensor in whole]
+    for actual, expected in zip(run(*views, shifted(grad).detach()), run(*whole, grad), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 6, 3, 2), (7, 20, 5, 9)])  # z is saved, z is computed again
+def test_backward_under_another_autocast(shape):
+    d_in, d_out, rank, kept_columns = shape
+    x, down, up, kept, bias = make((5,), d_in, d_out, rank, kept_columns, True)
+    leaves = [x, down, up, bias]
+
+    def gradients(autocast: bool) -> tuple[torch.Tensor, ...]:
+        y = packed_lowrank_sparse_linear(x, down, up, kept, bias, "gelu").sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(y, leaves)
+
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_infinite_gradients_stay_infinite(value):
+    x, down, up, kept, bias = make((70,), 7, 40, 3, 2, True)
+    grad = torch.ones(70, 40)
+    grad[33, 5], grad[12, 39] = value, value
+    (d_bias,) = torch.autograd.grad(packed_lowrank_sparse_linear(x, down, up, kept, bias), bias, grad)
+    assert torch.equal(d_bias, grad.sum(0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_and_saves():
+    layer = LowRankSparseLinear.from_linear(nn.Linear(7, 6), 3, 0.3)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, torch.randn(4, 7), check_trace=False), buffer)
+    buffer.seek(0)
+    x = torch.randn(4, 7)
+    assert torch.equal(torch.jit.load(buffer)(x), layer(x))
+
+
 def test_inputs_are_not_written():
     x, down, up, kept, bias = make((4,), 7, 6, 3, 2, True)
     before = [t.detach().clone() for t in (x, down, up, kept, bias)]
@@ -310,19 +368,23 @@ def test_exports(keep):
         ({"kept": [0, 1]}, TypeError, "kept: expected a torch.Tensor, got list"),
         ({"kept": torch.ones(2)}, TypeError, "kept: expected int32 or int64, got torch.float32"),
         ({"kept": torch.ones(1, 2).int()}, ValueError, r"kept: expected shape \[kept\]"),
+        ({"down": torch.ones(5, 7, device="meta")}, ValueError, "down: expected device cpu"),
+        ({"kept": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, "kept: expected device cpu"),
+        ({"bias": torch.ones(6, device="meta")}, ValueError, "bias: expected device cpu"),
         ({"bias": torch.ones(5)}, ValueError, r"bias: expected shape \[6\].*got \[5\]"),
         ({"bias": torch.ones(6).double()}, TypeError, "bias: expected dtype torch.float32"),
         ({"activation": "swish"}, ValueError, "activation: expected None or one of gelu.*got 'swish'"),
     ],
 )
-def test_bad_input(change, error, text):
+@pytest.mark.parametrize("grad", [True, False])
+def test_bad_input(change, error, text, grad):
     arguments = {
         "x": torch.ones(5, 7),
         "down": torch.ones(5, 7),
         "up": torch.ones(3, 6),
         "kept": torch.tensor([1, 4], dtype=torch.int32),
     }
-    with pytest.raises(error, match=text):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=text):
         packed_lowrank_sparse_linear(**{**arguments, **change})
 
 
@@ -333,6 +395,7 @@ def test_bad_input(change, error, text):
         ({"v": torch.ones(4, 6)}, r"v: expected shape \[3, out\]"),
         ({"s": torch.ones(7, 2)}, "kept: expected together with s"),
         ({"s": torch.ones(7, 2), "kept": torch.tensor([1])}, r"s: expected shape \[7, 1\]"),
+        ({"s": torch.ones(7, 2), "kept": torch.ones(1, 2).int()}, r"kept: expected shape \[kept\]"),
     ],
 )
 def test_bad_factors(change, text):

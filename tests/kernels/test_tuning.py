@@ -277,3 +277,39 @@ def test_one_kernel_holds_a_quarter_of_4_byte_columns() -> None:
     assert [launch.holds(width, torch.float32) for width in (36, 37)] == [True, False]
     other = next(launch for launch in LAUNCHES.values() if launch.kernel == "project")
     assert other.holds(4096, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("/root/.cache"), RuntimeError("Could not determine home directory.")]
+)
+def test_without_a_readable_home_the_other_tables_serve(error, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(gpu: str):
+        raise error
+
+    dispatch.forget()
+    monkeypatch.setattr(dispatch, "user_table", fail)
+    assert [Path(table.path).name for table in dispatch.tables(GPU)] == ["default.json"]
+    dispatch.forget()
+
+
+def test_another_gpus_table_is_not_replaced(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"format": 1, "gpu": "another GPU", "triton": "*", "entries": []}')
+    with pytest.raises(ValueError, match=r"output: .*would be replaced: it was measured on another GPU"):
+        tune._known(other, GPU)
+    other.write_text("no table")
+    with pytest.raises(ValueError, match="not a tuning table"):
+        tune._known(other, GPU)
+    # The user's own table that cannot be read is written anew, as the warning about it advises.
+    monkeypatch.setattr(dispatch, "user_table", lambda gpu: other)
+    assert tune._known(other, GPU) == {}
+
+
+def test_explain_says_what_runs() -> None:
+    layer = LowRankSparseLinear(768, 768, 80, 8)
+    with dispatch.use_provider("two_kernels"):
+        assert dispatch.explain(layer.bfloat16(), 512, gpu=GPU).plan.provider == "two_kernels"
+        assert dispatch.explain(layer.float(), 512, gpu=GPU).plan.provider == "two_kernels"
+        assert dispatch.explain(layer.double(), 512, gpu=GPU).plan.provider == "chain"
+    with pytest.raises(TypeError, match="layer: expected a LowRankSparseLinear, got Linear"):
+        dispatch.explain(torch.nn.Linear(3, 3), 512, gpu=GPU)

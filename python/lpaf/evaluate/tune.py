@@ -80,12 +80,15 @@ def tune(
         raise InputError("tuning measures on an NVIDIA GPU, and this torch sees none")
     if missing():
         raise InputError(f"tuning measures Triton kernels: {missing()}")
-    return tune_linear(
-        found,
-        dtype=getattr(torch, dtype),
-        rows=ROWS if rows is None else sorted(set(rows)),
-        directions=DIRECTIONS[purpose],
-        budget_s=budget,
-        output=None if output is None else Path(output),
-        report=report,
-    )
+    try:
+        return tune_linear(
+            found,
+            dtype=getattr(torch, dtype),
+            rows=ROWS if rows is None else sorted(set(rows)),
+            directions=DIRECTIONS[purpose],
+            budget_s=budget,
+            output=None if output is None else Path(output),
+            report=report,
+        )
+    except ValueError as error:
+        raise InputError(f"--{error}") from None

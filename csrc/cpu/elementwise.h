@@ -1,0 +1,34 @@
+// Activations and normalisations of float32 rows on the CPU, vectorised. No torch.
+#pragma once
+
+#include <cstdint>
+
+namespace lpaf::cpu {
+
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kSilu, kTanh };
+
+// How the rows of a block's result are normalised; weight and bias have one entry per column, bias may be null.
+struct Norm {
+    enum class Kind { kNone, kLayer, kRms } kind = Kind::kNone;
+    const float* weight = nullptr;
+    const float* bias = nullptr;
+    float epsilon = 0;
+};
+
+// As compiled for one instruction set.
+struct ElementwiseKernels {
+    // values = act(values)
+    void (*activate)(Activation activation, float* values, std::int64_t size);
+    // values = act(gate) values
+    void (*activate_gate)(Activation activation, const float* gate, float* values, std::int64_t size);
+    // row = norm(row + residual), residual may be null
+    void (*normalise)(const Norm& norm, const float* residual, float* row, std::int64_t size);
+};
+
+extern const ElementwiseKernels kBaselineElementwise;
+#if defined(__x86_64__)
+extern const ElementwiseKernels kAvx2Elementwise;
+extern const ElementwiseKernels kAvx512Elementwise;
+#endif
+
+}  // namespace lpaf::cpu
