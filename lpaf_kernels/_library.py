@@ -17,6 +17,12 @@ import torch
 NAMESPACE = "lpaf_kernels"
 DISABLE_NATIVE = "LPAF_KERNELS_DISABLE_NATIVE"
 
+# The arguments of a feed-forward block.
+_FFN = (
+    "Tensor x, Tensor down1, Tensor up1, Tensor? kept1, Tensor? bias1, Tensor down2, Tensor up2,"
+    " Tensor? kept2, Tensor? bias2, Tensor? down_gate, Tensor? up_gate, Tensor? bias_gate, Tensor? residual,"
+    " Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, float eps"
+)
 SCHEMAS = (
     "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights) -> (Tensor value, Tensor tie_index)",
     "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias) -> Tensor",
@@ -35,9 +41,11 @@ SCHEMAS = (
     "lowrank_sparse_linear_gradients(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
     " bool needs_x, bool needs_down, bool needs_up, bool needs_bias)"
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
-    "lowrank_ffn_forward(Tensor x, Tensor down1, Tensor up1, Tensor? kept1, Tensor? bias1, Tensor down2, Tensor up2,"
-    " Tensor? kept2, Tensor? bias2, Tensor? down_gate, Tensor? up_gate, Tensor? bias_gate, Tensor? residual,"
-    " Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, float eps) -> Tensor",
+    f"lowrank_ffn({_FFN}) -> Tensor",
+    f"lowrank_ffn_forward({_FFN}) -> Tensor",
+    f"lowrank_ffn_backward(Tensor grad, {_FFN}, bool[13] needs) -> (Tensor d_x, Tensor d_down1, Tensor d_up1,"
+    " Tensor d_bias1, Tensor d_down2, Tensor d_up2, Tensor d_bias2, Tensor d_down_gate, Tensor d_up_gate,"
+    " Tensor d_bias_gate, Tensor d_residual, Tensor d_norm_weight, Tensor d_norm_bias)",
     "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
 )
 

@@ -159,7 +159,7 @@ def packed_lowrank_sparse_linear(
             x, down, up, kept, bias, _, _ = arguments
         if training:
             return _Eager.apply(x, down, up, kept, bias, activation)
-        return _kernels(x)[0](x, down, up, kept, bias, activation, False)[0]
+        return kernels(x)[0](x, down, up, kept, bias, activation, False)[0]
     return torch.ops.lpaf_kernels.lowrank_sparse_linear(x, down, up, kept, bias, activation, training)[0]
 
 
@@ -384,7 +384,7 @@ def _lowrank_sparse_linear_backward_fake(grad, x, down, up, kept, z, saved, acti
     return _lowrank_sparse_linear_gradients_fake(grad, x, down, up, kept, z, *needs)
 
 
-def _kernels(x: Tensor) -> tuple[Callable, Callable]:
+def kernels(x: Tensor) -> tuple[Callable, Callable]:
     """The operator's forward and backward for the device of ``x``."""
     if x.is_cuda:
         return plans.cuda_forward, _cuda_backward
@@ -396,7 +396,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, down, up, kept, bias, activation):
-        y, z, pre = _kernels(x)[0](x, down, up, kept, bias, activation, True)
+        y, z, pre = kernels(x)[0](x, down, up, kept, bias, activation, True)
         ctx.save_for_backward(x, down, up, kept, z, y if activation in _FROM_RESULT else pre)
         ctx.activation = activation
         return y
@@ -405,7 +405,7 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         direct = _is_eager(grad)
-        backward = _kernels(grad)[1] if direct else torch.ops.lpaf_kernels.lowrank_sparse_linear_backward
+        backward = kernels(grad)[1] if direct else torch.ops.lpaf_kernels.lowrank_sparse_linear_backward
         return _differentiate(ctx, grad, backward)
 
 

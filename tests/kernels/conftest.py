@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
+import native
 import pytest
 import torch
 from torch import Tensor
@@ -39,3 +42,15 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def assert_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
     return check_accurate
+
+
+@pytest.fixture(scope="module", params=["default", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[Callable]:
+    """Run a function of :mod:`native` in a process that may use instructions up to this set: it is chosen once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=native.start_process) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ATEN_CPU_CAPABILITY", request.param)
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            pool.submit(native.start_process).result()
+        yield lambda function, seed: pool.submit(function, seed).result()

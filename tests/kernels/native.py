@@ -1,4 +1,4 @@
-"""The native CPU path of lowrank_sparse_linear, in a process of its own: the instruction set is chosen once."""
+"""Native CPU kernels on drawn problems, in a process of their own: the instruction set is chosen once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start_process() -> None:
     assert torch.empty(4).isnan().all()
 
 
-def check(seed: int) -> None:
+def check_linear(seed: int) -> None:
     """y, z and all gradients of one drawn shape against float64, within twice the error of torch's own products."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -45,6 +45,32 @@ def check(seed: int) -> None:
         draws.append(list(_results((x, down, up, positions, bias), torch.randn(rows, d_out), needs)))
     for results in zip(*draws, strict=True):
         check_accurate(*(torch.stack(same) for same in zip(*results, strict=True)))
+
+
+def check_feed_forward(seed: int) -> None:
+    """lowrank_ffn without gradients on one drawn shape against float64, within twice the error of torch's chain."""
+    import test_lowrank_ffn as block
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    hidden, d_out = draw.choice(OUT_FEATURES), draw.choice(OUT_FEATURES)
+    first, second = ((draw.choice(RANKS), draw.choice([0, 1, size // 2])) for size in (hidden, d_out))
+    gate, biases = draw.choice([0, 0, 5]), draw.random() < 0.7
+    # Without a residual, or with two entries, a row may be normalised by almost nothing, which magnifies every
+    # rounding before it.
+    norm = draw.choice(["none", "layer", "rms"]) if d_out > 3 else "none"
+    residual = norm != "none" or draw.random() < 0.5
+    case = ((draw.choice(ROWS),), draw.choice(IN_FEATURES), hidden, d_out, first, second, gate, biases, residual, norm)
+    activation = draw.choice(block.ACTIVATIONS)
+    draws = []
+    for _ in range(4):
+        tensors, kept, norm = block.make(*case)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            actual = block.run(block.lowrank_ffn, tensors, kept, norm, activation)
+            chain = block.run(block.chain, tensors, kept, norm, activation)
+            draws.append((actual, chain, block.run(block.chain, wide, kept, norm, activation)))
+    check_accurate(*(torch.stack(same) for same in zip(*draws, strict=True)))
 
 
 def _results(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 
 import native
 import pytest
@@ -403,23 +401,11 @@ def test_bad_factors(change, text):
         lowrank_sparse_linear(**{"x": torch.ones(5, 7), "u": torch.ones(7, 3), "v": torch.ones(3, 6), **change})
 
 
-@pytest.fixture(scope="module", params=["default", "avx2", "avx512"])
-def instruction_set(request) -> Iterator[Callable]:
-    """Run a function of :mod:`native` in a process that may use instructions up to this set."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=native.start_process) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ATEN_CPU_CAPABILITY", request.param)
-            patch.delenv("OMP_NUM_THREADS", raising=False)
-            pool.submit(native.check, 0).result()
-        yield lambda seed: pool.submit(native.check, seed).result()
-
-
 @pytest.mark.skipif(not op._HAS_NATIVE, reason="_ops_cpu.so was not built")
 @pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 200, 25)], ids=str)
 def test_native_path(seeds, instruction_set):
     for seed in seeds:
-        instruction_set(seed)
+        instruction_set(native.check_linear, seed)
 
 
 class TestModule:

@@ -1,0 +1,353 @@
+"""A whole feed-forward block of low-rank layers, with residual and normalisation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._library import has_kernel, library, register_autocast, register_fallback
+from ._checks import check_device, check_floating, check_shape
+from .lowrank_sparse_linear import ACTIVATIONS, check_kept_type, kernels, lowrank_sparse_linear_reference
+
+aten = torch.ops.aten
+
+NORMS = ("layer", "rms")
+# csrc/cpu/lowrank_ffn.cpp: float32, without autograd.
+_HAS_NATIVE = has_kernel("lowrank_ffn_forward", "CPU")
+_native_forward = torch.ops.lpaf_kernels.lowrank_ffn_forward.default
+
+
+class Norm(NamedTuple):
+    """The normalisation of a block's rows.
+
+    Args:
+        kind: "layer" (LayerNorm) or "rms" (RMSNorm).
+        weight: [out].
+        bias: [out], for "layer" only. Default: none.
+        eps: added to the variance, or to the mean square. Default: 1e-5.
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+def lowrank_ffn(
+    x: Tensor,
+    down1: Tensor,
+    up1: Tensor,
+    bias1: Tensor | None,
+    down2: Tensor,
+    up2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    kept1: Tensor | None = None,
+    kept2: Tensor | None = None,
+    gate: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    norm_first: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """norm(dropout(F2(act(F1(x)))) + residual), F1 and F2 low-rank layers; gated: F2(act(gate(x)) F1(x)).
+
+    With ``norm_first`` the normalisation is that of the input instead: dropout(F2(act(F1(norm(x))))) + residual. On the
+    CPU in float32, without gradients, the hidden activation never leaves the cache. With gradients only the arguments
+    are kept for the backward, which computes the block again.
+
+    Args:
+        x: [..., in], float32, float16, bfloat16 or float64 (as every other floating argument).
+        down1: [r1 + kept1, in]; up1: [r1, hidden]; bias1: [hidden] or None. Packed as for
+            :func:`packed_lowrank_sparse_linear`.
+        down2: [r2 + kept2, hidden]; up2: [r2, out]; bias2: [out] or None.
+        activation: "none", "gelu", "gelu_tanh", "relu", "silu" or "tanh". Default: "gelu".
+        kept1, kept2: int32 or int64, the positions of the kept columns of S among the outputs of F1 and F2. Default:
+            none.
+        gate: (down, up, bias) of the gate, [r, in], [r, hidden] and [hidden] or None (SwiGLU: activation "silu",
+            GEGLU: "gelu"). Default: none.
+        residual: [..., out]. Default: none.
+        norm: a :class:`Norm`. Default: none.
+        norm_first: normalise x, not the result. Default: False.
+        dropout_p: chance of each entry of F2's result to become 0, in [0, 1); the others grow accordingly. For
+            training; drawn from torch's generator. Default: 0.
+
+    Returns:
+        [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
+    """
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got shape []")
+    hidden = _check_layer(x, x.shape[-1], "1", down1, up1, kept1, bias1)
+    out = _check_layer(x, hidden, "2", down2, up2, kept2, bias2)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    down_gate, up_gate, bias_gate = gate if gate is not None else (None, None, None)
+    if gate is not None and _check_layer(x, x.shape[-1], "_gate", down_gate, up_gate, None, bias_gate) != hidden:
+        raise ValueError(f"up_gate: expected {hidden} columns (those of up1), got {up_gate.shape[1]}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
+    if residual is not None:
+        check_floating("residual", residual)
+        check_shape("residual", residual, *x.shape[:-1], out, because="the rows of x, the columns of up2")
+        check_device("residual", residual, x)
+    kind, weight, bias, eps = _check_norm(norm, x.shape[-1] if norm_first else out, x)
+    if kind != "none" and norm_first:
+        x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps) if kind == "layer" else _rms_norm(x, weight, eps)
+        kind, weight, bias = "none", None, None
+    apart = dropout_p > 0
+    y = torch.ops.lpaf_kernels.lowrank_ffn(
+        x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate,
+        None if apart else residual, None if apart else weight, None if apart else bias,
+        activation, "none" if apart else kind, eps,
+    )  # fmt: skip
+    if not apart:
+        return y
+    y = F.dropout(y, dropout_p)
+    if residual is not None:
+        y = y + residual
+    if kind == "layer":
+        return F.layer_norm(y, (out,), weight, bias, eps)
+    return _rms_norm(y, weight, eps) if kind == "rms" else y
+
+
+def lowrank_ffn_reference(
+    x: Tensor,
+    down1: Tensor,
+    up1: Tensor,
+    bias1: Tensor | None,
+    down2: Tensor,
+    up2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    kept1: Tensor | None = None,
+    kept2: Tensor | None = None,
+    gate: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """The same in plain torch, differentiable, without dropout: dense weights are built and applied."""
+
+    def layer(x, down, up, kept, bias, activation=None):
+        rank = up.shape[0]
+        s = None if kept is None else down[rank:].t()
+        return lowrank_sparse_linear_reference(x, down[:rank].t(), up, s, kept, bias, activation)
+
+    inner = None if activation == "none" else activation
+    if gate is None:
+        h = layer(x, down1, up1, kept1, bias1, inner)
+    else:
+        h = layer(x, gate[0], gate[1], None, gate[2], inner) * layer(x, down1, up1, kept1, bias1)
+    y = layer(h, down2, up2, kept2, bias2)
+    if residual is not None:
+        y = y + residual
+    if norm is None:
+        return y
+    centred = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return y if norm.bias is None else y + norm.bias
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _check_layer(
+    x: Tensor, inputs: int, suffix: str, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None
+) -> int:
+    """Raise unless the layer fits ``inputs``; returns its outputs."""
+    for name, tensor in ((f"down{suffix}", down), (f"up{suffix}", up)):
+        check_floating(name, tensor)
+        check_device(name, tensor, x)
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected two dimensions, got shape {list(tensor.shape)}")
+    columns = 0
+    if kept is not None:
+        check_kept_type(kept)
+        check_device(f"kept{suffix}", kept, x)
+        columns = kept.shape[0]
+    check_shape(
+        f"down{suffix}", down, up.shape[0] + columns, inputs,
+        because=f"the rows of up{suffix} and the length of kept{suffix}, the inputs",
+    )  # fmt: skip
+    if bias is not None:
+        check_floating(f"bias{suffix}", bias)
+        check_shape(f"bias{suffix}", bias, up.shape[1], because=f"the columns of up{suffix}")
+        check_device(f"bias{suffix}", bias, x)
+    dtypes = {tensor.dtype for tensor in (down, up, bias) if tensor is not None}
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if not autocast and dtypes != {x.dtype}:
+        names = f"down{suffix}, up{suffix}, bias{suffix}"
+        raise TypeError(f"{names}: expected dtype {x.dtype} (that of x), got {', '.join(sorted(map(str, dtypes)))}")
+    return up.shape[1]
+
+
+def _check_norm(norm: Norm | None, size: int, x: Tensor) -> tuple[str, Tensor | None, Tensor | None, float]:
+    if norm is None:
+        return "none", None, None, 0.0
+    kind, weight, bias, eps = norm
+    if kind not in NORMS:
+        raise ValueError(f"norm.kind: expected layer or rms, got {kind!r}")
+    if kind == "rms" and bias is not None:
+        raise ValueError("norm.bias: expected None for rms")
+    for name, tensor in (("norm.weight", weight), ("norm.bias", bias)):
+        if tensor is not None or name == "norm.weight":
+            check_floating(name, tensor)
+            check_shape(name, tensor, size, because="the normalised columns")
+            check_device(name, tensor, x)
+    if not eps >= 0:
+        raise ValueError(f"norm.eps: expected at least 0, got {eps!r}")
+    return kind, weight, bias, float(eps)
+
+
+def _lowrank_ffn(
+    x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
+    norm_bias, activation, norm, eps,
+):  # fmt: skip
+    forward = kernels(x)[0]
+    if down_gate is None:
+        h = forward(x, down1, up1, kept1, bias1, activation, False)[0]
+    else:
+        h = forward(x, down_gate, up_gate, None, bias_gate, activation, False)[0]
+        h *= forward(x, down1, up1, kept1, bias1, "none", False)[0]
+    y = forward(h, down2, up2, kept2, bias2, "none", False)[0]
+    if residual is not None:
+        y += residual
+    if norm == "layer":
+        return F.layer_norm(y, (y.shape[-1],), norm_weight, norm_bias, eps)
+    return _rms_norm(y, norm_weight, eps) if norm == "rms" else y
+
+
+def _lowrank_ffn_cpu(*arguments):
+    """The native kernel where there is one and it takes these dtypes."""
+    floating = [argument for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()]
+    if _HAS_NATIVE and all(tensor.dtype == torch.float32 for tensor in floating):
+        return _native_forward(*arguments)
+    return _lowrank_ffn(*arguments)
+
+
+def _lowrank_ffn_fake(x, down1, up1, kept1, bias1, down2, up2, *_):
+    return x.new_empty((*x.shape[:-1], up2.shape[1]))
+
+
+def _lowrank_ffn_backward(
+    grad, x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
+    norm_bias, activation, norm, eps, needs,
+):  # fmt: skip
+    """The gradients of the tensors that ``needs`` names, in the order of the arguments; empty where not needed."""
+    forward, backward = kernels(x)
+    saved_first = None
+    if down_gate is None:
+        h, z1, pre = forward(x, down1, up1, kept1, bias1, activation, True)
+        saved_first = h if activation in ("relu", "tanh") else pre
+    else:
+        activated, z_gate, pre = forward(x, down_gate, up_gate, None, bias_gate, activation, True)
+        linear, z1, _ = forward(x, down1, up1, kept1, bias1, "none", True)
+        h = activated * linear
+        saved_gate = activated if activation in ("relu", "tanh") else pre
+    s, z2, nothing = forward(h, down2, up2, kept2, bias2, "none", True)
+    d_weight = d_bias = nothing
+    if norm != "none":
+        if residual is not None:
+            s += residual
+        grad, d_weight, d_bias = _norm_backward(grad, s, norm_weight, norm, eps)
+    if saved_first is None:
+        saved_first = nothing
+    x_, down1_, up1_, bias1_, down2_, up2_, bias2_, down_g_, up_g_, bias_g_, residual_, _, _ = needs
+    inner = x_ or down1_ or up1_ or bias1_ or down_g_ or up_g_ or bias_g_
+    d_h, d_down2, d_up2, d_bias2 = backward(
+        grad, h, down2, up2, kept2, z2, nothing, "none", [inner, down2_, up2_, bias2_]
+    )
+    d_x = d_down1 = d_up1 = d_bias1 = d_down_gate = d_up_gate = d_bias_gate = nothing
+    if inner:
+        d_first = d_h if down_gate is None else d_h * activated
+        first_needs = [x_, down1_, up1_, bias1_]
+        d_x, d_down1, d_up1, d_bias1 = backward(
+            d_first, x, down1, up1, kept1, z1, saved_first, activation if down_gate is None else "none", first_needs
+        )
+        if down_gate is not None:
+            gate_needs = [x_, down_g_, up_g_, bias_g_]
+            d_x_gate, d_down_gate, d_up_gate, d_bias_gate = backward(
+                d_h * linear, x, down_gate, up_gate, None, z_gate, saved_gate, activation, gate_needs
+            )
+            if x_:
+                d_x = d_x + d_x_gate
+    found = (
+        d_x, d_down1, d_up1, d_bias1, d_down2, d_up2, d_bias2, d_down_gate, d_up_gate, d_bias_gate,
+        grad.clone() if residual_ else nothing, d_weight, d_bias,
+    )  # fmt: skip
+    # An operator's results must not share memory.
+    return tuple(gradient if need else grad.new_empty(0) for gradient, need in zip(found, needs, strict=True))
+
+
+def _norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """d s, d weight and d bias of norm(s) weight + bias."""
+    if norm == "layer":
+        size = [s.shape[-1]]
+        _, mean, scale = aten.native_layer_norm(s, size, weight, None, eps)
+        return aten.native_layer_norm_backward(grad, s, size, mean, scale, weight, weight, [True, True, True])
+    wide = torch.promote_types(s.dtype, torch.float32)
+    g, s, w = grad.to(wide), s.to(wide), weight.to(wide)
+    scale = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    normal, weighted = s * scale, g * w
+    d_s = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * scale
+    d_weight = (g * normal).reshape(-1, w.shape[0]).sum(0)
+    return d_s.to(grad.dtype), d_weight.to(weight.dtype), weight.new_empty(0)
+
+
+# The floating arguments, in the order of the schema: those that have gradients.
+_FLOATING = (0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14)
+
+
+def _lowrank_ffn_backward_fake(grad, *arguments):
+    *tensors, _, _, _, needs = arguments
+    return tuple(
+        torch.empty_like(tensors[index], memory_format=torch.contiguous_format) if need else grad.new_empty(0)
+        for index, need in zip(_FLOATING, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, activation, norm, eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (activation, norm, eps)
+
+
+def _backward(ctx, grad):
+    needs = [ctx.needs_input_grad[index] for index in _FLOATING]
+    kind = grad.device.type
+    # The backward runs under whatever autocast surrounds it; these products take the forward's dtype.
+    with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+        found = torch.ops.lpaf_kernels.lowrank_ffn_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads: list[Tensor | None] = [None] * 18
+    for index, need, gradient in zip(_FLOATING, needs, found, strict=True):
+        grads[index] = gradient if need else None
+    return tuple(grads)
+
+
+def _cast(dtype, *arguments):
+    if arguments[0].dtype == torch.float64:
+        return arguments
+    return tuple(
+        argument.to(dtype) if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+        for argument in arguments
+    )
+
+
+register_fallback("lowrank_ffn", _lowrank_ffn_cpu, ("CPU",))
+register_fallback("lowrank_ffn", _lowrank_ffn, ("CUDA",))
+register_fallback("lowrank_ffn_forward", _lowrank_ffn)
+register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward)
+torch.library.register_fake("lpaf_kernels::lowrank_ffn", _lowrank_ffn_fake, lib=library)
+torch.library.register_fake("lpaf_kernels::lowrank_ffn_forward", _lowrank_ffn_fake, lib=library)
+torch.library.register_fake("lpaf_kernels::lowrank_ffn_backward", _lowrank_ffn_backward_fake, lib=library)
+torch.library.register_autograd("lpaf_kernels::lowrank_ffn", _backward, setup_context=_setup_context, lib=library)
+register_autocast("lowrank_ffn", _cast)
