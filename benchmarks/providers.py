@@ -262,9 +262,8 @@ def _ours_linear(problem: LinearProblem, force: str | None = None) -> Runner:
 
 
 def _ours_ffn(problem: FfnProblem, force: str | None = None) -> Runner:
-    first = _layer(problem.down1, problem.up1, None, problem.bias1, "gelu", False)
-    second = _layer(problem.down2, problem.up2, None, problem.bias2, None, False)
-    return ffn_runner(problem, lambda x: second(first(x)), context=_forced(force))
+    layers = (problem.down1, problem.up1, problem.bias1, problem.down2, problem.up2, problem.bias2)
+    return ffn_runner(problem, lambda x: lpaf_kernels.lowrank_ffn(x, *layers), context=_forced(force))
 
 
 def _graphed(build: Callable[..., Runner]) -> Build:
@@ -349,7 +348,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "ours",
-            "LowRankSparseLinear (two of them for ffn), with its own choice of implementation",
+            "LowRankSparseLinear (lowrank_ffn for ffn), with its own choice of implementation",
             _both(_ours_linear, _ours_ffn),
             default=EVERYWHERE,
         ),
