@@ -28,13 +28,13 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel" or "outer".
+        kernel: "project", "expand", "one_kernel", "outer" or "ffn".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
-            a side that a kernel derives from the rank is 0.
+            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
-        splits: programs that share one output tile's sum ("project", "outer") or one row tile's columns
-            ("one_kernel"). 0: as many as fill the device.
+        splits: programs that share one output tile's sum ("project", "outer"), one row tile's columns
+            ("one_kernel") or its hidden columns ("ffn"). 0: as many as fill the device.
         max_width: rank columns that one program holds at most, up to 272; "one_kernel" holds a quarter of 4 bytes.
         archs: the compute capabilities times ten (80, 90, 100) it is meant for.
     """
@@ -50,8 +50,8 @@ class Launch:
     archs: tuple[int, ...] = (80, 90, 100)
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("project", "expand", "one_kernel", "outer"):
-            raise ValueError(f"kernel: expected project, expand, one_kernel or outer, got {self.kernel!r}")
+        if self.kernel not in ("project", "expand", "one_kernel", "outer", "ffn"):
+            raise ValueError(f"kernel: expected project, expand, one_kernel, outer or ffn, got {self.kernel!r}")
         for name in ("block_m", "block_n", "block_k"):
             side = getattr(self, name)
             if side != 0 and (side < GRANULE or side & (side - 1)):

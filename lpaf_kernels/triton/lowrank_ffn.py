@@ -1,0 +1,378 @@
+"""Kernels of lowrank_ffn: a whole feed-forward block from packed low-rank factors, in one pass.
+
+With z1 = x [u1 | s1] of one row tile as the query, the block is what attention is: tiles of the hidden dimension
+h = act(z1 v1 + kept columns + b1) are made, multiplied into z2 += h [u2 | s2] and forgotten. The result
+y = norm(z2 v2 + kept columns + b2 + residual) is made from z2, which stays on chip; a norm takes a first sweep over the
+result's columns for its statistics, a second one makes them again and writes.
+
+Where row tiles do not fill the device the hidden dimension is split over programs, each with its own float32 part of
+z2, and `_finish` adds the parts in a fixed order. Nothing uses atomics. Packing, kept columns and parts of ranks are
+those of :mod:`.lowrank_sparse_linear`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .launch import Launch, multiprocessors, pitch, split_width, start
+from .lowrank_sparse_linear import _block_k, _cast, _common, _extended_tile, _load, _mma, _rows_tile, _store_part
+
+# Rows of one program of `_finish`: few, because it is used where row tiles are few.
+FINISH_ROWS = 16
+
+
+class Factors(NamedTuple):
+    """One factored linear: down [rank + kept, in], up [rank, out], kept sorted positions, bias [out]."""
+
+    down: Tensor
+    up: Tensor
+    kept: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.up.shape[1]
+
+
+class Norm(NamedTuple):
+    """The normalisation of the result: kind "layer" or "rms", weight [out], bias [out] (layer only) or None."""
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+@triton.jit
+def _inner(
+    x_ptr, down_ptr, m_in, width, depth, x_stride, DTYPE: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x down^T of one row tile in up to three parts, rounded to DTYPE."""
+    acc0 = tl.zeros((BLOCK_M, P0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, P1 if P1 > 0 else 16), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, P2 if P2 > 0 else 16), tl.float32)
+    for k0 in range(0, depth, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = _load(x_ptr + m_in[:, None] * x_stride + k[None, :], None if EVEN_K else (k < depth)[None, :])
+        acc0 = _mma(x, _rows_tile(down_ptr, 0, width, k, depth, P0, EVEN_K), acc0, PRECISION, UPCAST)
+        if P1 > 0:
+            acc1 = _mma(x, _rows_tile(down_ptr, P0, width, k, depth, P1, EVEN_K), acc1, PRECISION, UPCAST)
+        if P2 > 0:
+            acc2 = _mma(x, _rows_tile(down_ptr, P0 + P1, width, k, depth, P2, EVEN_K), acc2, PRECISION, UPCAST)
+    return _cast(acc0, DTYPE, UPCAST), _cast(acc1, DTYPE, UPCAST), _cast(acc2, DTYPE, UPCAST)
+
+
+@triton.jit
+def _outer_tile(
+    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n, rank, kept, cols, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """z up + scatter(z, kept) + bias in float32 for the columns n; parts before KEPT_FROM hold no kept columns.
+
+    Columns beyond the last are 0.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    w0 = _extended_tile(up_ptr, kept_ptr, 0, n, rank, kept, cols, P0, KEPT_FROM <= 0)
+    acc = _mma(z0, w0, acc, PRECISION, UPCAST)
+    if P1 > 0:
+        w1 = _extended_tile(up_ptr, kept_ptr, P0, n, rank, kept, cols, P1, KEPT_FROM <= 1)
+        acc = _mma(z1, w1, acc, PRECISION, UPCAST)
+    if P2 > 0:
+        w2 = _extended_tile(up_ptr, kept_ptr, P0 + P1, n, rank, kept, cols, P2, KEPT_FROM <= 2)
+        acc = _mma(z2, w2, acc, PRECISION, UPCAST)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _result_tile(
+    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
+    HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What the norm reads, in float32."""
+    acc = _outer_tile(
+        z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n, rank, kept, cols, HAS_BIAS, KEPT_FROM,
+        P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+    )  # fmt: skip
+    if HAS_RESIDUAL:
+        offsets = m.to(tl.int64)[:, None] * residual_stride + n[None, :]
+        acc += _load(residual_ptr + offsets, (m < rows)[:, None] & (n < cols)[None, :]).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _result(
+    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, m, first, last,
+    rows, rank, kept, cols, residual_stride,
+    HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Columns first..last of y for one row tile from z2."""
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    if NORM != "none":
+        for n0 in range(0, cols, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            tile = _result_tile(
+                z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
+                HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+            )  # fmt: skip
+            if NORM == "layer":
+                # The tile's own mean and squares join those before it: nothing cancels.
+                count = tl.minimum(cols - n0, BLOCK_N).to(tl.float32)
+                share = count / (n0 + count)
+                tile_mean = tl.sum(tile, 1) / count
+                apart = tl.where((n < cols)[None, :], tile - tile_mean[:, None], 0.0)
+                shift = tile_mean - mean
+                squares += tl.sum(apart * apart, 1) + shift * shift * (n0 * share)
+                mean += shift * share
+            else:
+                squares += tl.sum(tile * tile, 1)
+    scale = tl.rsqrt(squares / cols + EPS)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        tile = _result_tile(
+            z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
+            HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+        )  # fmt: skip
+        if NORM != "none":
+            tile = (tile - mean[:, None]) * scale[:, None]
+            if NORM_WEIGHT:
+                tile *= tl.load(norm_weight_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
+            if NORM_BIAS:
+                tile += tl.load(norm_bias_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
+        offsets = m.to(tl.int64)[:, None] * cols + n[None, :]
+        inside = (m < rows)[:, None] & (n < cols)[None, :]
+        tl.store(y_ptr + offsets, _cast(tile, y_ptr.dtype.element_ty, UPCAST), mask=inside)
+
+
+@triton.jit
+def _ffn(
+    x_ptr, down1_ptr, up1_ptr, kept1_ptr, bias1_ptr, down_g_ptr, up_g_ptr, kept_g_ptr, bias_g_ptr,
+    down2_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, parts_ptr,
+    rows, depth, hidden, cols, rank1, kept1, rank_g, kept_g, rank2, kept2,
+    x_stride, residual_stride, parts_stride, split_stride, hidden_per_split,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS1: tl.constexpr, KEPT1_FROM: tl.constexpr, HAS_BIAS_G: tl.constexpr, KEPT_G_FROM: tl.constexpr,
+    HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
+    Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The whole block for one row tile, or, if SPLIT, its part of z2 from `hidden_per_split` hidden columns.
+
+    Program axis 0: row tiles. Axis 1: splits of the hidden dimension, each of which computes z1 anew.
+    """
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_in = tl.minimum(m, rows - 1).to(tl.int64)
+    z0, z1, z2 = _inner(
+        x_ptr, down1_ptr, m_in, rank1 + kept1, depth, x_stride, dtype,
+        P0, P1, P2, BLOCK_M, BLOCK_K, EVEN_K, PRECISION, UPCAST,
+    )  # fmt: skip
+    if GATE:
+        g0, g1, g2 = _inner(
+            x_ptr, down_g_ptr, m_in, rank_g + kept_g, depth, x_stride, dtype,
+            G0, G1, G2, BLOCK_M, BLOCK_K, EVEN_K, PRECISION, UPCAST,
+        )  # fmt: skip
+    width2 = rank2 + kept2
+    acc0 = tl.zeros((BLOCK_M, Q0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, Q1 if Q1 > 0 else 16), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, Q2 if Q2 > 0 else 16), tl.float32)
+    first = tl.program_id(1) * hidden_per_split
+    for n0 in range(first, tl.minimum(first + hidden_per_split, hidden), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        h = _outer_tile(
+            z0, z1, z2, up1_ptr, kept1_ptr, bias1_ptr, n, rank1, kept1, hidden, HAS_BIAS1, KEPT1_FROM,
+            P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+        )  # fmt: skip
+        if GATE:
+            g = _outer_tile(
+                g0, g1, g2, up_g_ptr, kept_g_ptr, bias_g_ptr, n, rank_g, kept_g, hidden, HAS_BIAS_G, KEPT_G_FROM,
+                G0, G1, G2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+            )  # fmt: skip
+            h *= activate(g, ACTIVATION)
+        else:
+            h = activate(h, ACTIVATION)
+        h = _cast(h, dtype, UPCAST)
+        acc0 = _mma(h, _rows_tile(down2_ptr, 0, width2, n, hidden, Q0, EVEN_N), acc0, PRECISION, UPCAST)
+        if Q1 > 0:
+            acc1 = _mma(h, _rows_tile(down2_ptr, Q0, width2, n, hidden, Q1, EVEN_N), acc1, PRECISION, UPCAST)
+        if Q2 > 0:
+            acc2 = _mma(h, _rows_tile(down2_ptr, Q0 + Q1, width2, n, hidden, Q2, EVEN_N), acc2, PRECISION, UPCAST)
+    if SPLIT:
+        parts_ptr += tl.program_id(1).to(tl.int64) * split_stride
+        _store_part(parts_ptr, m, rows, parts_stride, acc0, 0, parts_stride, Q0, UPCAST)
+        if Q1 > 0:
+            _store_part(parts_ptr, m, rows, parts_stride, acc1, Q0, parts_stride, Q1, UPCAST)
+        if Q2 > 0:
+            _store_part(parts_ptr, m, rows, parts_stride, acc2, Q0 + Q1, parts_stride, Q2, UPCAST)
+    else:
+        _result(
+            _cast(acc0, dtype, UPCAST), _cast(acc1, dtype, UPCAST), _cast(acc2, dtype, UPCAST),
+            up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, m, 0, cols,
+            rows, rank2, kept2, cols, residual_stride,
+            HAS_BIAS2, KEPT2_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
+            Q0, Q1, Q2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, m_in, splits, parts_stride, split_stride, FIRST: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST.. of z2: the parts added in order, as DTYPE."""
+    n = FIRST + tl.arange(0, PART)
+    pointers = parts_ptr + m_in[:, None] * parts_stride + n[None, :]
+    total = tl.zeros((BLOCK_M, PART), tl.float32)
+    for _ in range(splits):
+        total += tl.load(pointers, mask=(n < parts_stride)[None, :], other=0.0)
+        pointers += split_stride
+    return _cast(total, DTYPE, UPCAST)
+
+
+@triton.jit
+def _finish(
+    parts_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
+    rows, cols, rank2, kept2, splits, parts_stride, split_stride, residual_stride, cols_per_program,
+    HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
+    Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """y from the parts of z2. Program axis 0: row tiles. Axis 1: `cols_per_program` columns each."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_in = tl.minimum(m, rows - 1).to(tl.int64)
+    z0 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, 0, dtype, Q0, BLOCK_M, UPCAST)
+    z1 = z0
+    z2 = z0
+    if Q1 > 0:
+        z1 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, Q0, dtype, Q1, BLOCK_M, UPCAST)
+    if Q2 > 0:
+        z2 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, Q0 + Q1, dtype, Q2, BLOCK_M, UPCAST)
+    first = tl.program_id(1) * cols_per_program
+    _result(
+        z0, z1, z2, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
+        m, first, tl.minimum(first + cols_per_program, cols), rows, rank2, kept2, cols, residual_stride,
+        HAS_BIAS2, KEPT2_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
+        Q0, Q1, Q2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+    )  # fmt: skip
+
+
+def _cut(name: str, factors: Factors, launch: Launch) -> tuple[int, int, int]:
+    """The parts of ``factors``'s columns, which one program must hold."""
+    if factors.width > launch.max_width:
+        raise ValueError(f"{name}: expected at most {launch.max_width} rows for {launch.name}, got {factors.width}")
+    return split_width(factors.width, launch.max_width)[0]
+
+
+def _kept_from(factors: Factors, parts: tuple[int, int, int]) -> int:
+    """The first part that holds kept columns, 3 if none does."""
+    ends = (parts[0], parts[0] + parts[1], sum(parts))
+    return 3 if factors.kept is None else next(index for index, end in enumerate(ends) if end > factors.rank)
+
+
+def _spread(launch: Launch, row_tiles: int, hidden: int, tensor: Tensor) -> tuple[int, int]:
+    """(splits, hidden columns in each): as many splits as asked for, or as fill the device."""
+    tiles = max(-(-hidden // launch.block_n), 1)
+    splits = launch.splits or max(multiprocessors(tensor) // max(row_tiles, 1), 1)
+    per_split = -(-tiles // min(splits, tiles)) * launch.block_n
+    return max(-(-hidden // per_split), 1), per_split
+
+
+def forward(
+    x: Tensor,
+    first: Factors,
+    second: Factors,
+    launch: Launch,
+    *,
+    gate: Factors | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """y [rows, out] of x [rows, in]; see the module's notation.
+
+    Raises:
+        ValueError: a factor with more columns (rank + kept) than ``launch`` holds.
+    """
+    rows, depth = x.shape
+    hidden, cols = first.cols, second.cols
+    parts1, parts2 = _cut("down1", first, launch), _cut("down2", second, launch)
+    parts_g = (0, 0, 0) if gate is None else _cut("gate", gate, launch)
+    gated = first if gate is None else gate
+    block_k = _block_k(launch, x.dtype)
+    y = x.new_empty((rows, cols))
+    row_tiles = -(-rows // launch.block_m)
+    splits, per_split = _spread(launch, row_tiles, hidden, x)
+    length = pitch(second.width)
+    parts = x.new_empty((splits, rows, length) if splits > 1 else 0, dtype=torch.float32)
+    kind = "none" if norm is None else norm.kind
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return x if tensor is None else tensor
+
+    result = {
+        "HAS_BIAS2": second.bias is not None, "KEPT2_FROM": _kept_from(second, parts2),
+        "HAS_RESIDUAL": residual is not None, "NORM": kind, "NORM_WEIGHT": weight is not None,
+        "NORM_BIAS": bias is not None, "EPS": 0.0 if norm is None else norm.eps,
+        "Q0": parts2[0], "Q1": parts2[1], "Q2": parts2[2], **_common(x.dtype),
+    }  # fmt: skip
+    tail = (second.up, pointer(second.kept), pointer(second.bias), pointer(residual), pointer(weight), pointer(bias))
+    residual_stride = 0 if residual is None else residual.stride(0)
+    if rows and cols:
+        start(
+            _ffn, (row_tiles, splits),
+            x, first.down, first.up, pointer(first.kept), pointer(first.bias),
+            gated.down, gated.up, pointer(gated.kept), pointer(gated.bias), second.down, *tail, y, parts,
+            rows, depth, hidden, cols, first.rank, first.width - first.rank, gated.rank, gated.width - gated.rank,
+            second.rank, second.width - second.rank, x.stride(0), residual_stride, length, rows * length, per_split,
+            ACTIVATION=activation, GATE=gate is not None, SPLIT=splits > 1,
+            HAS_BIAS1=first.bias is not None, KEPT1_FROM=_kept_from(first, parts1),
+            HAS_BIAS_G=gated.bias is not None, KEPT_G_FROM=3 if gate is None else _kept_from(gate, parts_g),
+            P0=parts1[0], P1=parts1[1], P2=parts1[2], G0=parts_g[0], G1=parts_g[1], G2=parts_g[2],
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=block_k,
+            EVEN_K=depth % block_k == 0, EVEN_N=hidden % launch.block_n == 0,
+            **result, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    if rows and cols and splits > 1:
+        finish_rows = min(FINISH_ROWS, launch.block_m)
+        # Without a norm, columns are independent of each other.
+        column_tiles = -(-cols // launch.block_n)
+        programs = max(multiprocessors(x) // -(-rows // finish_rows), 1) if kind == "none" else 1
+        per_program = -(-column_tiles // min(programs, column_tiles)) * launch.block_n
+        start(
+            _finish, (-(-rows // finish_rows), -(-cols // per_program)),
+            parts, *tail, y,
+            rows, cols, second.rank, second.width - second.rank, splits, length, rows * length, residual_stride, per_program,
+            **result, BLOCK_M=finish_rows, BLOCK_N=launch.block_n,
+            num_warps=min(launch.num_warps, 4), num_stages=launch.num_stages,
+        )  # fmt: skip
+    return y
