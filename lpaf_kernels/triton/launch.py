@@ -118,6 +118,9 @@ _SHIPPED = (
     Launch("outer", 0, 128, 64, 8, 3, splits=0, archs=_NEW),
     Launch("outer", 0, 128, 64, 8, 3, splits=0, max_width=144),
     Launch("outer", 0, 64, 64, 4, 3, splits=0, max_width=144),
+    Launch("ffn", 128, 64, 64, 8, 3, max_width=144, archs=_NEW),
+    Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=_NEW),
+    Launch("ffn", 64, 64, 64, 4, 2, splits=0, max_width=80),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 

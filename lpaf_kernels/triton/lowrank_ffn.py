@@ -371,7 +371,8 @@ def forward(
         start(
             _finish, (-(-rows // finish_rows), -(-cols // per_program)),
             parts, *tail, y,
-            rows, cols, second.rank, second.width - second.rank, splits, length, rows * length, residual_stride, per_program,
+            rows, cols, second.rank, second.width - second.rank, splits, length, rows * length,
+            residual_stride, per_program,
             **result, BLOCK_M=finish_rows, BLOCK_N=launch.block_n,
             num_warps=min(launch.num_warps, 4), num_stages=launch.num_stages,
         )  # fmt: skip
