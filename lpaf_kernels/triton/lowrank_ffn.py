@@ -79,6 +79,18 @@ def _inner(
 
 
 @triton.jit
+def _store_parts(
+    z_ptr, m, rows, z_stride, z0, z1, z2, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """All parts of z, the padding of its rows included."""
+    _store_part(z_ptr, m, rows, z_stride, z0, 0, z_stride, P0, UPCAST)
+    if P1 > 0:
+        _store_part(z_ptr, m, rows, z_stride, z1, P0, z_stride, P1, UPCAST)
+    if P2 > 0:
+        _store_part(z_ptr, m, rows, z_stride, z2, P0 + P1, z_stride, P2, UPCAST)
+
+
+@triton.jit
 def _outer_tile(
     z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n, rank, kept, cols, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -171,10 +183,11 @@ def _result(
 @triton.jit
 def _ffn(
     x_ptr, down1_ptr, up1_ptr, kept1_ptr, bias1_ptr, down_g_ptr, up_g_ptr, kept_g_ptr, bias_g_ptr,
-    down2_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, parts_ptr,
+    down2_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
+    parts_ptr, z1_ptr, z2_ptr,
     rows, depth, hidden, cols, rank1, kept1, rank_g, kept_g, rank2, kept2,
-    x_stride, residual_stride, parts_stride, split_stride, hidden_per_split,
-    ACTIVATION: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr,
+    x_stride, residual_stride, z1_stride, parts_stride, split_stride, hidden_per_split,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, SAVE_Z: tl.constexpr,
     HAS_BIAS1: tl.constexpr, KEPT1_FROM: tl.constexpr, HAS_BIAS_G: tl.constexpr, KEPT_G_FROM: tl.constexpr,
     HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
@@ -194,6 +207,9 @@ def _ffn(
         x_ptr, down1_ptr, m_in, rank1 + kept1, depth, x_stride, dtype,
         P0, P1, P2, BLOCK_M, BLOCK_K, EVEN_K, PRECISION, UPCAST,
     )  # fmt: skip
+    if SAVE_Z:
+        if tl.program_id(1) == 0:
+            _store_parts(z1_ptr, m, rows, z1_stride, z0, z1, z2, P0, P1, P2, UPCAST)
     if GATE:
         g0, g1, g2 = _inner(
             x_ptr, down_g_ptr, m_in, rank_g + kept_g, depth, x_stride, dtype,
@@ -226,16 +242,16 @@ def _ffn(
             acc2 = _mma(h, _rows_tile(down2_ptr, Q0 + Q1, width2, n, hidden, Q2, EVEN_N), acc2, PRECISION, UPCAST)
     if SPLIT:
         parts_ptr += tl.program_id(1).to(tl.int64) * split_stride
-        _store_part(parts_ptr, m, rows, parts_stride, acc0, 0, parts_stride, Q0, UPCAST)
-        if Q1 > 0:
-            _store_part(parts_ptr, m, rows, parts_stride, acc1, Q0, parts_stride, Q1, UPCAST)
-        if Q2 > 0:
-            _store_part(parts_ptr, m, rows, parts_stride, acc2, Q0 + Q1, parts_stride, Q2, UPCAST)
+        _store_parts(parts_ptr, m, rows, parts_stride, acc0, acc1, acc2, Q0, Q1, Q2, UPCAST)
     else:
+        acc0 = _cast(acc0, dtype, UPCAST)
+        acc1 = _cast(acc1, dtype, UPCAST)
+        acc2 = _cast(acc2, dtype, UPCAST)
+        if SAVE_Z:
+            _store_parts(z2_ptr, m, rows, parts_stride, acc0, acc1, acc2, Q0, Q1, Q2, UPCAST)
         _result(
-            _cast(acc0, dtype, UPCAST), _cast(acc1, dtype, UPCAST), _cast(acc2, dtype, UPCAST),
-            up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, m, 0, cols,
-            rows, rank2, kept2, cols, residual_stride,
+            acc0, acc1, acc2, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
+            m, 0, cols, rows, rank2, kept2, cols, residual_stride,
             HAS_BIAS2, KEPT2_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
             Q0, Q1, Q2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
         )  # fmt: skip
@@ -258,9 +274,9 @@ def _add_parts(
 
 @triton.jit
 def _finish(
-    parts_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
+    parts_ptr, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, z2_ptr,
     rows, cols, rank2, kept2, splits, parts_stride, split_stride, residual_stride, cols_per_program,
-    HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SAVE_Z: tl.constexpr, HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
     Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -276,6 +292,9 @@ def _finish(
         z1 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, Q0, dtype, Q1, BLOCK_M, UPCAST)
     if Q2 > 0:
         z2 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, Q0 + Q1, dtype, Q2, BLOCK_M, UPCAST)
+    if SAVE_Z:
+        if tl.program_id(1) == 0:
+            _store_parts(z2_ptr, m, rows, parts_stride, z0, z1, z2, Q0, Q1, Q2, UPCAST)
     first = tl.program_id(1) * cols_per_program
     _result(
         z0, z1, z2, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
@@ -322,6 +341,28 @@ def forward(
     Raises:
         ValueError: a factor with more columns (rank + kept) than ``launch`` holds.
     """
+    return forward_with_z(
+        x, first, second, launch, gate=gate, activation=activation, residual=residual, norm=norm, save_z=False
+    )[0]
+
+
+def forward_with_z(
+    x: Tensor,
+    first: Factors,
+    second: Factors,
+    launch: Launch,
+    *,
+    gate: Factors | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    save_z: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and with ``save_z`` what :func:`backward` needs: z1 and z2, each [rows, pitch].
+
+    Raises:
+        ValueError: a factor with more columns (rank + kept) than ``launch`` holds.
+    """
     rows, depth = x.shape
     hidden, cols = first.cols, second.cols
     parts1, parts2 = _cut("down1", first, launch), _cut("down2", second, launch)
@@ -333,6 +374,8 @@ def forward(
     splits, per_split = _spread(launch, row_tiles, hidden, x)
     length = pitch(second.width)
     parts = x.new_empty((splits, rows, length) if splits > 1 else 0, dtype=torch.float32)
+    length1 = pitch(first.width)
+    z1, z2 = (x.new_empty((rows, stride) if save_z else 0) for stride in (length1, length))
     kind = "none" if norm is None else norm.kind
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
 
@@ -340,7 +383,7 @@ def forward(
         return x if tensor is None else tensor
 
     result = {
-        "HAS_BIAS2": second.bias is not None, "KEPT2_FROM": _kept_from(second, parts2),
+        "SAVE_Z": save_z, "HAS_BIAS2": second.bias is not None, "KEPT2_FROM": _kept_from(second, parts2),
         "HAS_RESIDUAL": residual is not None, "NORM": kind, "NORM_WEIGHT": weight is not None,
         "NORM_BIAS": bias is not None, "EPS": 0.0 if norm is None else norm.eps,
         "Q0": parts2[0], "Q1": parts2[1], "Q2": parts2[2], **_common(x.dtype),
@@ -351,9 +394,10 @@ def forward(
         start(
             _ffn, (row_tiles, splits),
             x, first.down, first.up, pointer(first.kept), pointer(first.bias),
-            gated.down, gated.up, pointer(gated.kept), pointer(gated.bias), second.down, *tail, y, parts,
+            gated.down, gated.up, pointer(gated.kept), pointer(gated.bias), second.down, *tail, y, parts, z1, z2,
             rows, depth, hidden, cols, first.rank, first.width - first.rank, gated.rank, gated.width - gated.rank,
-            second.rank, second.width - second.rank, x.stride(0), residual_stride, length, rows * length, per_split,
+            second.rank, second.width - second.rank, x.stride(0), residual_stride,
+            length1, length, rows * length, per_split,
             ACTIVATION=activation, GATE=gate is not None, SPLIT=splits > 1,
             HAS_BIAS1=first.bias is not None, KEPT1_FROM=_kept_from(first, parts1),
             HAS_BIAS_G=gated.bias is not None, KEPT_G_FROM=3 if gate is None else _kept_from(gate, parts_g),
@@ -370,10 +414,10 @@ def forward(
         per_program = -(-column_tiles // min(programs, column_tiles)) * launch.block_n
         start(
             _finish, (-(-rows // finish_rows), -(-cols // per_program)),
-            parts, *tail, y,
+            parts, *tail, y, z2,
             rows, cols, second.rank, second.width - second.rank, splits, length, rows * length,
             residual_stride, per_program,
             **result, BLOCK_M=finish_rows, BLOCK_N=launch.block_n,
             num_warps=min(launch.num_warps, 4), num_stages=launch.num_stages,
         )  # fmt: skip
-    return y
+    return y, z1, z2
