@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .activations import activate
 from .launch import Launch, multiprocessors, pitch, split_width, start
-from .lowrank_sparse_linear import _block_k, _cast, _common, _extended_tile, _load, _mma, _rows_tile, _store_part
+from .lowrank_sparse_linear import _block_k, _cast, _common, _load, _mma, _store_part
 
 # Rows of one program of `_finish`: few, because it is used where row tiles are few.
 FINISH_ROWS = 16
@@ -70,12 +70,45 @@ def _inner(
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + m_in[:, None] * x_stride + k[None, :], None if EVEN_K else (k < depth)[None, :])
-        acc0 = _mma(x, _rows_tile(down_ptr, 0, width, k, depth, P0, EVEN_K), acc0, PRECISION, UPCAST)
+        acc0 = _mma(x, _down_tile(down_ptr, width, depth, k0, 0, P0, BLOCK_K, EVEN_K), acc0, PRECISION, UPCAST)
         if P1 > 0:
-            acc1 = _mma(x, _rows_tile(down_ptr, P0, width, k, depth, P1, EVEN_K), acc1, PRECISION, UPCAST)
+            acc1 = _mma(x, _down_tile(down_ptr, width, depth, k0, P0, P1, BLOCK_K, EVEN_K), acc1, PRECISION, UPCAST)
         if P2 > 0:
-            acc2 = _mma(x, _rows_tile(down_ptr, P0 + P1, width, k, depth, P2, EVEN_K), acc2, PRECISION, UPCAST)
+            acc2 = _mma(
+                x, _down_tile(down_ptr, width, depth, k0, P0 + P1, P2, BLOCK_K, EVEN_K), acc2, PRECISION, UPCAST
+            )
     return _cast(acc0, DTYPE, UPCAST), _cast(acc1, DTYPE, UPCAST), _cast(acc2, DTYPE, UPCAST)
+
+
+@triton.jit
+def _down_tile(
+    down_ptr, width, depth, k0, FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Rows FIRST.. of down [width, depth] at k0.. as a [BLOCK, PART] tile; rows beyond the last repeat it.
+
+    Offsets of 32 bits from one pointer take half the registers that pointers take.
+    """
+    n = tl.minimum(FIRST + tl.arange(0, PART), width - 1)
+    k = tl.arange(0, BLOCK)
+    return _load(down_ptr + k0 + (n[None, :] * depth + k[:, None]), None if EVEN else (k < depth - k0)[:, None])
+
+
+@triton.jit
+def _up_tile(
+    up_ptr, kept_ptr, rank, kept, cols, n0,
+    FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_KEPT: tl.constexpr,
+):  # fmt: skip
+    """Rows FIRST.. of up [rank, cols], continued by one 0/1 row per kept column, at n0.. as a [PART, BLOCK] tile."""
+    k = FIRST + tl.arange(0, PART)
+    n = tl.arange(0, BLOCK)
+    inside = (k < rank)[:, None]
+    if not EVEN:
+        inside = inside & (n < cols - n0)[None, :]
+    tile = tl.load(up_ptr + n0 + (k[:, None] * cols + n[None, :]), mask=inside, other=0.0)
+    if HAS_KEPT:
+        position = tl.load(kept_ptr + (k - rank), mask=(k >= rank) & (k < rank + kept), other=-1).to(tl.int32) - n0
+        tile = tl.where(position[:, None] == n[None, :], 1.0, tile.to(tl.float32)).to(up_ptr.dtype.element_ty)
+    return tile
 
 
 @triton.jit
@@ -92,41 +125,45 @@ def _store_parts(
 
 @triton.jit
 def _outer_tile(
-    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n, rank, kept, cols, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """z up + scatter(z, kept) + bias in float32 for the columns n; parts before KEPT_FROM hold no kept columns.
+    """z up + scatter(z, kept) + bias in float32 for the columns n0..; parts before KEPT_FROM hold no kept columns.
 
     Columns beyond the last are 0.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    w0 = _extended_tile(up_ptr, kept_ptr, 0, n, rank, kept, cols, P0, KEPT_FROM <= 0)
+    w0 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, 0, P0, BLOCK_N, EVEN, KEPT_FROM <= 0)
     acc = _mma(z0, w0, acc, PRECISION, UPCAST)
     if P1 > 0:
-        w1 = _extended_tile(up_ptr, kept_ptr, P0, n, rank, kept, cols, P1, KEPT_FROM <= 1)
+        w1 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0, P1, BLOCK_N, EVEN, KEPT_FROM <= 1)
         acc = _mma(z1, w1, acc, PRECISION, UPCAST)
     if P2 > 0:
-        w2 = _extended_tile(up_ptr, kept_ptr, P0 + P1, n, rank, kept, cols, P2, KEPT_FROM <= 2)
+        w2 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0 + P1, P2, BLOCK_N, EVEN, KEPT_FROM <= 2)
         acc = _mma(z2, w2, acc, PRECISION, UPCAST)
     if HAS_BIAS:
+        n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
 def _result_tile(
-    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
+    z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n0, rows, rank, kept, cols, residual_stride,
     HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What the norm reads, in float32."""
     acc = _outer_tile(
-        z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n, rank, kept, cols, HAS_BIAS, KEPT_FROM,
-        P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+        z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols, HAS_BIAS, KEPT_FROM,
+        P0, P1, P2, BLOCK_M, BLOCK_N, EVEN, PRECISION, UPCAST,
     )  # fmt: skip
     if HAS_RESIDUAL:
+        n = n0 + tl.arange(0, BLOCK_N)
         offsets = m.to(tl.int64)[:, None] * residual_stride + n[None, :]
         acc += _load(residual_ptr + offsets, (m < rows)[:, None] & (n < cols)[None, :]).to(tl.float32)
     return acc
@@ -138,7 +175,8 @@ def _result(
     rows, rank, kept, cols, residual_stride,
     HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Columns first..last of y for one row tile from z2."""
@@ -148,8 +186,8 @@ def _result(
         for n0 in range(0, cols, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             tile = _result_tile(
-                z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
-                HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+                z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n0, rows, rank, kept, cols, residual_stride,
+                HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, EVEN, PRECISION, UPCAST,
             )  # fmt: skip
             if NORM == "layer":
                 # The tile's own mean and squares join those before it: nothing cancels.
@@ -166,8 +204,8 @@ def _result(
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         tile = _result_tile(
-            z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n, rows, rank, kept, cols, residual_stride,
-            HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+            z0, z1, z2, up_ptr, kept_ptr, bias_ptr, residual_ptr, m, n0, rows, rank, kept, cols, residual_stride,
+            HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, P0, P1, P2, BLOCK_M, BLOCK_N, EVEN, PRECISION, UPCAST,
         )  # fmt: skip
         if NORM != "none":
             tile = (tile - mean[:, None]) * scale[:, None]
@@ -193,7 +231,8 @@ def _ffn(
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
     Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The whole block for one row tile, or, if SPLIT, its part of z2 from `hidden_per_split` hidden columns.
@@ -221,25 +260,26 @@ def _ffn(
     acc2 = tl.zeros((BLOCK_M, Q2 if Q2 > 0 else 16), tl.float32)
     first = tl.program_id(1) * hidden_per_split
     for n0 in range(first, tl.minimum(first + hidden_per_split, hidden), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
         h = _outer_tile(
-            z0, z1, z2, up1_ptr, kept1_ptr, bias1_ptr, n, rank1, kept1, hidden, HAS_BIAS1, KEPT1_FROM,
-            P0, P1, P2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+            z0, z1, z2, up1_ptr, kept1_ptr, bias1_ptr, n0, rank1, kept1, hidden, HAS_BIAS1, KEPT1_FROM,
+            P0, P1, P2, BLOCK_M, BLOCK_N, EVEN_N, PRECISION, UPCAST,
         )  # fmt: skip
         if GATE:
             g = _outer_tile(
-                g0, g1, g2, up_g_ptr, kept_g_ptr, bias_g_ptr, n, rank_g, kept_g, hidden, HAS_BIAS_G, KEPT_G_FROM,
-                G0, G1, G2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+                g0, g1, g2, up_g_ptr, kept_g_ptr, bias_g_ptr, n0, rank_g, kept_g, hidden, HAS_BIAS_G, KEPT_G_FROM,
+                G0, G1, G2, BLOCK_M, BLOCK_N, EVEN_N, PRECISION, UPCAST,
             )  # fmt: skip
             h *= activate(g, ACTIVATION)
         else:
             h = activate(h, ACTIVATION)
         h = _cast(h, dtype, UPCAST)
-        acc0 = _mma(h, _rows_tile(down2_ptr, 0, width2, n, hidden, Q0, EVEN_N), acc0, PRECISION, UPCAST)
+        acc0 = _mma(h, _down_tile(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N), acc0, PRECISION, UPCAST)
         if Q1 > 0:
-            acc1 = _mma(h, _rows_tile(down2_ptr, Q0, width2, n, hidden, Q1, EVEN_N), acc1, PRECISION, UPCAST)
+            acc1 = _mma(h, _down_tile(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N), acc1, PRECISION, UPCAST)
         if Q2 > 0:
-            acc2 = _mma(h, _rows_tile(down2_ptr, Q0 + Q1, width2, n, hidden, Q2, EVEN_N), acc2, PRECISION, UPCAST)
+            acc2 = _mma(
+                h, _down_tile(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N), acc2, PRECISION, UPCAST
+            )
     if SPLIT:
         parts_ptr += tl.program_id(1).to(tl.int64) * split_stride
         _store_parts(parts_ptr, m, rows, parts_stride, acc0, acc1, acc2, Q0, Q1, Q2, UPCAST)
@@ -253,7 +293,7 @@ def _ffn(
             acc0, acc1, acc2, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
             m, 0, cols, rows, rank2, kept2, cols, residual_stride,
             HAS_BIAS2, KEPT2_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
-            Q0, Q1, Q2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+            Q0, Q1, Q2, BLOCK_M, BLOCK_N, EVEN_C, PRECISION, UPCAST,
         )  # fmt: skip
 
 
@@ -278,7 +318,8 @@ def _finish(
     rows, cols, rank2, kept2, splits, parts_stride, split_stride, residual_stride, cols_per_program,
     SAVE_Z: tl.constexpr, HAS_BIAS2: tl.constexpr, KEPT2_FROM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr,
-    Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """y from the parts of z2. Program axis 0: row tiles. Axis 1: `cols_per_program` columns each."""
@@ -300,7 +341,7 @@ def _finish(
         z0, z1, z2, up2_ptr, kept2_ptr, bias2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
         m, first, tl.minimum(first + cols_per_program, cols), rows, rank2, kept2, cols, residual_stride,
         HAS_BIAS2, KEPT2_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
-        Q0, Q1, Q2, BLOCK_M, BLOCK_N, PRECISION, UPCAST,
+        Q0, Q1, Q2, BLOCK_M, BLOCK_N, EVEN_C, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -386,7 +427,7 @@ def forward_with_z(
         "SAVE_Z": save_z, "HAS_BIAS2": second.bias is not None, "KEPT2_FROM": _kept_from(second, parts2),
         "HAS_RESIDUAL": residual is not None, "NORM": kind, "NORM_WEIGHT": weight is not None,
         "NORM_BIAS": bias is not None, "EPS": 0.0 if norm is None else norm.eps,
-        "Q0": parts2[0], "Q1": parts2[1], "Q2": parts2[2], **_common(x.dtype),
+        "Q0": parts2[0], "Q1": parts2[1], "Q2": parts2[2], "EVEN_C": cols % launch.block_n == 0, **_common(x.dtype),
     }  # fmt: skip
     tail = (second.up, pointer(second.kept), pointer(second.bias), pointer(residual), pointer(weight), pointer(bias))
     residual_stride = 0 if residual is None else residual.stride(0)
