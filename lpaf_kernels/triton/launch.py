@@ -18,6 +18,8 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
+KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights")
+
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
 _LARGE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
@@ -28,13 +30,13 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel", "outer" or "ffn".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_rows" or "ffn_weights".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
             a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
-        splits: programs that share one output tile's sum ("project", "outer"), one row tile's columns
-            ("one_kernel") or its hidden columns ("ffn"). 0: as many as fill the device.
+        splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
+            ("one_kernel") or its hidden columns ("ffn", "ffn_rows"). 0: as many as fill the device.
         max_width: rank columns that one program holds at most, up to 272; "one_kernel" holds a quarter of 4 bytes.
         archs: the compute capabilities times ten (80, 90, 100) it is meant for.
     """
@@ -50,8 +52,8 @@ class Launch:
     archs: tuple[int, ...] = (80, 90, 100)
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("project", "expand", "one_kernel", "outer", "ffn"):
-            raise ValueError(f"kernel: expected project, expand, one_kernel, outer or ffn, got {self.kernel!r}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel: expected {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {self.kernel!r}")
         for name in ("block_m", "block_n", "block_k"):
             side = getattr(self, name)
             if side != 0 and (side < GRANULE or side & (side - 1)):
@@ -81,7 +83,7 @@ class Launch:
     @property
     def instruction(self) -> dict[int, str]:
         """By capability, the matrix instruction that products of 16-bit numbers must compile to."""
-        side = self.block_n if self.kernel == "outer" else self.block_m
+        side = self.block_n if self.kernel in ("outer", "ffn_weights") else self.block_m
         table = _LARGE if side >= 64 and self.num_warps >= 4 else _SMALL
         return {arch: table[arch] for arch in self.archs}
 

@@ -19,9 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, derivative
 from .launch import Launch, multiprocessors, pitch, split_width, start
-from .lowrank_sparse_linear import _block_k, _cast, _common, _load, _mma, _store_part
+from .lowrank_sparse_linear import (
+    _block_k,
+    _cast,
+    _common,
+    _load,
+    _mma,
+    _store_columns,
+    _store_part,
+    expand,
+    outer,
+    project,
+)
 
 # Rows of one program of `_finish`: few, because it is used where row tiles are few.
 FINISH_ROWS = 16
@@ -55,6 +66,28 @@ class Norm(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 1e-5
+
+
+class BackwardLaunches(NamedTuple):
+    """The launches of :func:`backward`: three kernels of lowrank_sparse_linear and two of this module."""
+
+    project: Launch
+    expand: Launch
+    outer: Launch
+    rows: Launch
+    weights: Launch
+
+
+class Gradients(NamedTuple):
+    """What :func:`backward` returns; a bias's gradient is None where there is no bias."""
+
+    x: Tensor
+    down1: Tensor
+    up1: Tensor
+    bias1: Tensor | None
+    down2: Tensor
+    up2: Tensor
+    bias2: Tensor | None
 
 
 @triton.jit
@@ -345,6 +378,203 @@ def _finish(
     )  # fmt: skip
 
 
+@triton.jit
+def _z_tile(
+    z_ptr, m, rows, width, z_stride, FIRST: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Columns FIRST.. of z for the rows m, 0 beyond the last row and column; [PART, m] if TRANSPOSED.
+
+    Loaded to the end of the padded row, in whole 16-byte pieces; what is no column is cut afterwards.
+    """
+    n = FIRST + tl.arange(0, PART)
+    if TRANSPOSED:
+        offsets = m.to(tl.int64)[None, :] * z_stride + n[:, None]
+        z = tl.load(z_ptr + offsets, mask=(m < rows)[None, :] & (n < z_stride)[:, None], other=0.0)
+        z = tl.where((n < width)[:, None], z, tl.zeros_like(z))
+    else:
+        offsets = m.to(tl.int64)[:, None] * z_stride + n[None, :]
+        z = tl.load(z_ptr + offsets, mask=(m < rows)[:, None] & (n < z_stride)[None, :], other=0.0)
+        z = tl.where((n < width)[None, :], z, tl.zeros_like(z))
+    return z
+
+
+@triton.jit
+def _hidden_gradient(pre, d_h, ACTIVATION: tl.constexpr):
+    """h and d pre, in float32, from the activation's input."""
+    h = activate(pre, ACTIVATION)
+    if ACTIVATION == "none":
+        d = d_h
+    elif ACTIVATION == "tanh":
+        d = d_h * derivative(h, ACTIVATION)
+    else:
+        d = d_h * derivative(pre, ACTIVATION)
+    return h, d
+
+
+@triton.jit
+def _ffn_rows(
+    z1_ptr, d_z2_ptr, up1_ptr, kept1_ptr, bias1_ptr, down2_ptr, d_z1_ptr,
+    rows, hidden, rank1, kept1, width2, z1_stride, d_z2_stride, split_stride, hidden_per_split,
+    ACTIVATION: tl.constexpr, HAS_BIAS1: tl.constexpr, KEPT1_FROM: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d z1 of one row tile from z1 and d z2, its part from `hidden_per_split` hidden columns.
+
+    Program axis 0: row tiles. Axis 1: splits of the hidden dimension, each with its own d z1.
+    """
+    dtype: tl.constexpr = up1_ptr.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    width1 = rank1 + kept1
+    z0 = _z_tile(z1_ptr, m, rows, width1, z1_stride, 0, P0, False)
+    d0 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, 0, Q0, False)
+    if P1 > 0:
+        z1 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0, P1, False)
+    if P2 > 0:
+        z2 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0 + P1, P2, False)
+    if Q1 > 0:
+        d1 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0, Q1, False)
+    if Q2 > 0:
+        d2 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0 + Q1, Q2, False)
+    acc0 = tl.zeros((BLOCK_M, P0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, P1 if P1 > 0 else 16), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, P2 if P2 > 0 else 16), tl.float32)
+    first = tl.program_id(1) * hidden_per_split
+    for n0 in range(first, tl.minimum(first + hidden_per_split, hidden), BLOCK_N):
+        # No weight's tile is kept for its second use: it is still in shared memory or L2, registers are scarcer.
+        pre = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        d_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        w0 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, 0, P0, BLOCK_N, EVEN_N, KEPT1_FROM <= 0)
+        pre = _mma(z0, w0, pre, PRECISION, UPCAST)
+        if P1 > 0:
+            w1 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, P0, P1, BLOCK_N, EVEN_N, KEPT1_FROM <= 1)
+            pre = _mma(z1, w1, pre, PRECISION, UPCAST)
+        if P2 > 0:
+            w2 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, P0 + P1, P2, BLOCK_N, EVEN_N, KEPT1_FROM <= 2)
+            pre = _mma(z2, w2, pre, PRECISION, UPCAST)
+        if HAS_BIAS1:
+            n = n0 + tl.arange(0, BLOCK_N)
+            pre += tl.load(bias1_ptr + n, mask=n < hidden, other=0.0).to(tl.float32)[None, :]
+        v0 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N))
+        d_h = _mma(d0, v0, d_h, PRECISION, UPCAST)
+        if Q1 > 0:
+            v1 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N))
+            d_h = _mma(d1, v1, d_h, PRECISION, UPCAST)
+        if Q2 > 0:
+            v2 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N))
+            d_h = _mma(d2, v2, d_h, PRECISION, UPCAST)
+        _, d_pre = _hidden_gradient(pre, d_h, ACTIVATION)
+        d_pre = _cast(d_pre, dtype, UPCAST)
+        acc0 = _mma(d_pre, tl.trans(w0), acc0, PRECISION, UPCAST)
+        if P1 > 0:
+            acc1 = _mma(d_pre, tl.trans(w1), acc1, PRECISION, UPCAST)
+        if P2 > 0:
+            acc2 = _mma(d_pre, tl.trans(w2), acc2, PRECISION, UPCAST)
+    d_z1_ptr += tl.program_id(1).to(tl.int64) * split_stride
+    _store_parts(d_z1_ptr, m, rows, z1_stride, acc0, acc1, acc2, P0, P1, P2, UPCAST)
+
+
+@triton.jit
+def _ffn_weights(
+    z1_ptr, d_z2_ptr, up1_ptr, kept1_ptr, bias1_ptr, down2_ptr, d_up1_ptr, d_bias1_ptr, d_down2_ptr,
+    rows, hidden, rank1, kept1, width2, z1_stride, d_z2_stride, rows_per_split,
+    ACTIVATION: tl.constexpr, HAS_BIAS1: tl.constexpr, KEPT1_FROM: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr,
+    OF_UP1: tl.constexpr, OF_DOWN2: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d up1 = z1^T d pre and d bias1 (if OF_UP1), d down2 = d z2^T h (if OF_DOWN2) for one tile of the hidden columns.
+
+    Everything is held transposed: the hidden tile is the wide first side of every product. Program axis 0: tiles of
+    the hidden columns. Axis 1: splits of rows, each with its own results.
+    """
+    dtype: tl.constexpr = up1_ptr.dtype.element_ty
+    n0 = tl.program_id(0) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+    width1 = rank1 + kept1
+    bias = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_BIAS1:
+        bias = tl.load(bias1_ptr + n, mask=n < hidden, other=0.0).to(tl.float32)
+    u_acc0 = tl.zeros((BLOCK_N, P0), tl.float32)
+    u_acc1 = tl.zeros((BLOCK_N, P1 if P1 > 0 else 16), tl.float32)
+    u_acc2 = tl.zeros((BLOCK_N, P2 if P2 > 0 else 16), tl.float32)
+    v_acc0 = tl.zeros((BLOCK_N, Q0), tl.float32)
+    v_acc1 = tl.zeros((BLOCK_N, Q1 if Q1 > 0 else 16), tl.float32)
+    v_acc2 = tl.zeros((BLOCK_N, Q2 if Q2 > 0 else 16), tl.float32)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    u0 = tl.trans(_up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, 0, P0, BLOCK_N, EVEN_N, KEPT1_FROM <= 0))
+    if P1 > 0:
+        u1 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, P0, P1, BLOCK_N, EVEN_N, KEPT1_FROM <= 1)
+        u1 = tl.trans(u1)
+    if P2 > 0:
+        u2 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, P0 + P1, P2, BLOCK_N, EVEN_N, KEPT1_FROM <= 2)
+        u2 = tl.trans(u2)
+    if OF_UP1:
+        v0 = _down_tile(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N)
+        if Q1 > 0:
+            v1 = _down_tile(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N)
+        if Q2 > 0:
+            v2 = _down_tile(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N)
+    first = tl.program_id(1) * rows_per_split
+    for m0 in range(first, tl.minimum(first + rows_per_split, rows), BLOCK_K):
+        m = m0 + tl.arange(0, BLOCK_K)
+        pre = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        d_h = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        z0 = _z_tile(z1_ptr, m, rows, width1, z1_stride, 0, P0, True)
+        pre = _mma(u0, z0, pre, PRECISION, UPCAST)
+        if P1 > 0:
+            z1 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0, P1, True)
+            pre = _mma(u1, z1, pre, PRECISION, UPCAST)
+        if P2 > 0:
+            z2 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0 + P1, P2, True)
+            pre = _mma(u2, z2, pre, PRECISION, UPCAST)
+        pre += bias[:, None]
+        d0 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, 0, Q0, True)
+        if Q1 > 0:
+            d1 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0, Q1, True)
+        if Q2 > 0:
+            d2 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0 + Q1, Q2, True)
+        if OF_UP1:
+            d_h = _mma(v0, d0, d_h, PRECISION, UPCAST)
+            if Q1 > 0:
+                d_h = _mma(v1, d1, d_h, PRECISION, UPCAST)
+            if Q2 > 0:
+                d_h = _mma(v2, d2, d_h, PRECISION, UPCAST)
+        h, d_pre = _hidden_gradient(pre, d_h, ACTIVATION)
+        if OF_UP1:
+            sums += tl.sum(d_pre, 1)
+            d_pre = _cast(d_pre, dtype, UPCAST)
+            u_acc0 = _mma(d_pre, tl.trans(z0), u_acc0, PRECISION, UPCAST)
+            if P1 > 0:
+                u_acc1 = _mma(d_pre, tl.trans(z1), u_acc1, PRECISION, UPCAST)
+            if P2 > 0:
+                u_acc2 = _mma(d_pre, tl.trans(z2), u_acc2, PRECISION, UPCAST)
+        if OF_DOWN2:
+            h = _cast(h, dtype, UPCAST)
+            v_acc0 = _mma(h, tl.trans(d0), v_acc0, PRECISION, UPCAST)
+            if Q1 > 0:
+                v_acc1 = _mma(h, tl.trans(d1), v_acc1, PRECISION, UPCAST)
+            if Q2 > 0:
+                v_acc2 = _mma(h, tl.trans(d2), v_acc2, PRECISION, UPCAST)
+    split = tl.program_id(1).to(tl.int64)
+    if OF_UP1:
+        d_up1_ptr += split * rank1 * hidden
+        _store_columns(d_up1_ptr, n, hidden, u_acc0, 0, rank1, P0, UPCAST)
+        if P1 > 0:
+            _store_columns(d_up1_ptr, n, hidden, u_acc1, P0, rank1, P1, UPCAST)
+        if P2 > 0:
+            _store_columns(d_up1_ptr, n, hidden, u_acc2, P0 + P1, rank1, P2, UPCAST)
+        tl.store(d_bias1_ptr + split * hidden + n, sums, mask=n < hidden)
+    if OF_DOWN2:
+        d_down2_ptr += split * width2 * hidden
+        _store_columns(d_down2_ptr, n, hidden, v_acc0, 0, width2, Q0, UPCAST)
+        if Q1 > 0:
+            _store_columns(d_down2_ptr, n, hidden, v_acc1, Q0, width2, Q1, UPCAST)
+        if Q2 > 0:
+            _store_columns(d_down2_ptr, n, hidden, v_acc2, Q0 + Q1, width2, Q2, UPCAST)
+
+
 def _cut(name: str, factors: Factors, launch: Launch) -> tuple[int, int, int]:
     """The parts of ``factors``'s columns, which one program must hold."""
     if factors.width > launch.max_width:
@@ -462,3 +692,94 @@ def forward_with_z(
             num_warps=min(launch.num_warps, 4), num_stages=launch.num_stages,
         )  # fmt: skip
     return y, z1, z2
+
+
+def hidden_rows(
+    z1: Tensor, d_z2: Tensor, first: Factors, second: Factors, launch: Launch, activation: str = "gelu"
+) -> Tensor:
+    """d z1 [rows, pitch] from z1 and d z2 [rows, pitch]: the hidden gradient is made in tiles and never written."""
+    rows, length = z1.shape
+    hidden = first.cols
+    parts1, parts2 = _cut("down1", first, launch), _cut("down2", second, launch)
+    row_tiles = -(-rows // launch.block_m)
+    splits, per_split = _spread(launch, row_tiles, hidden, z1)
+    d_z1 = z1.new_empty((splits, rows, length), dtype=z1.dtype if splits == 1 else torch.float32)
+    if rows:
+        start(
+            _ffn_rows, (row_tiles, splits),
+            z1, d_z2, first.up, z1 if first.kept is None else first.kept, z1 if first.bias is None else first.bias,
+            second.down, d_z1,
+            rows, hidden, first.rank, first.width - first.rank, second.width, length, d_z2.shape[1], rows * length,
+            per_split,
+            ACTIVATION=activation, HAS_BIAS1=first.bias is not None, KEPT1_FROM=_kept_from(first, parts1),
+            P0=parts1[0], P1=parts1[1], P2=parts1[2], Q0=parts2[0], Q1=parts2[1], Q2=parts2[2],
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, EVEN_N=hidden % launch.block_n == 0,
+            **_common(z1.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return d_z1[0] if splits == 1 else d_z1.sum(0).to(z1.dtype)
+
+
+def hidden_weights(
+    z1: Tensor, d_z2: Tensor, first: Factors, second: Factors, launch: Launch, activation: str = "gelu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of up1, bias1 and down2, the three that read the hidden activation or its gradient."""
+    rows, hidden = z1.shape[0], first.cols
+    parts1, parts2 = _cut("down1", first, launch), _cut("down2", second, launch)
+    tiles = -(-hidden // launch.block_n)
+    steps = max(-(-rows // launch.block_k), 1)
+    # Each split costs a write and a read of the results: at least 4 steps in each.
+    splits = launch.splits or max(multiprocessors(z1) // max(tiles, 1), 1)
+    per_split = -(-steps // max(min(splits, steps // 4), 1)) * launch.block_k
+    splits = max(-(-rows // per_split), 1)
+    sizes = (first.rank, hidden), (hidden,), (second.width, hidden)
+    if rows == 0:
+        d_up1, d_bias1, d_down2 = (z1.new_zeros(size) for size in sizes)
+        return d_up1, d_bias1, d_down2
+    dtype = z1.dtype if splits == 1 else torch.float32
+    d_up1, d_bias1, d_down2 = (
+        z1.new_empty((splits, *size), dtype=torch.float32 if len(size) == 1 else dtype) for size in sizes
+    )
+    # Where both results do not fit into the registers at once the hidden tile is made twice.
+    both = first.width + second.width <= launch.max_width
+    for of_up1, of_down2 in [(True, True)] if both else [(True, False), (False, True)]:
+        start(
+            _ffn_weights, (tiles, splits),
+            z1, d_z2, first.up, z1 if first.kept is None else first.kept, z1 if first.bias is None else first.bias,
+            second.down, d_up1, d_bias1, d_down2,
+            rows, hidden, first.rank, first.width - first.rank, second.width, z1.shape[1], d_z2.shape[1], per_split,
+            ACTIVATION=activation, HAS_BIAS1=first.bias is not None, KEPT1_FROM=_kept_from(first, parts1),
+            P0=parts1[0], P1=parts1[1], P2=parts1[2], Q0=parts2[0], Q1=parts2[1], Q2=parts2[2],
+            BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, EVEN_N=hidden % launch.block_n == 0,
+            OF_UP1=of_up1, OF_DOWN2=of_down2,
+            **_common(z1.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    d_up1, d_bias1, d_down2 = (part[0] if splits == 1 else part.sum(0) for part in (d_up1, d_bias1, d_down2))
+    return d_up1.to(z1.dtype), d_bias1.to(z1.dtype), d_down2.to(z1.dtype)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    first: Factors,
+    second: Factors,
+    launches: BackwardLaunches,
+    *,
+    activation: str = "gelu",
+) -> Gradients:
+    """Gradients from ``grad`` [rows, out], that of F2(h), and what :func:`forward_with_z` saved. Without a gate.
+
+    Raises:
+        ValueError: a factor with more columns (rank + kept) than a launch holds.
+    """
+    d_z2, _, _ = project(grad, second.up, launches.project, second.kept, keep_splits=False)
+    d_z1 = hidden_rows(z1, d_z2, first, second, launches.rows, activation)
+    d_up1, d_bias1, d_down2 = hidden_weights(z1, d_z2, first, second, launches.weights, activation)
+    d_up2, d_bias2 = outer(z2, second.rank, grad, launches.outer, second.bias is not None)
+    d_down1, _ = outer(d_z1, first.width, x, launches.outer)
+    d_x, _ = expand(d_z1, 1, first.down, x.dtype, launches.expand)
+    return Gradients(
+        d_x, d_down1, d_up1, d_bias1 if first.bias is not None else None,
+        d_down2, d_up2, d_bias2 if second.bias is not None else None,
+    )  # fmt: skip
