@@ -121,8 +121,15 @@ _SHIPPED = (
     Launch("outer", 0, 128, 64, 8, 3, splits=0, max_width=144),
     Launch("outer", 0, 64, 64, 4, 3, splits=0, max_width=144),
     Launch("ffn", 128, 64, 64, 8, 3, max_width=144, archs=_NEW),
+    Launch("ffn", 128, 32, 64, 8, 2, archs=(100,)),
+    Launch("ffn", 128, 32, 64, 8, 2, max_width=144, archs=(80,)),
+    Launch("ffn", 128, 16, 16, 8, 2, splits=0, archs=(80,)),
+    Launch("ffn", 64, 64, 64, 4, 2, splits=0, max_width=144, archs=_NEW),
     Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=_NEW),
-    Launch("ffn", 64, 64, 64, 4, 2, splits=0, max_width=80),
+    Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80,)),
+    Launch("ffn", 16, 32, 64, 4, 2, splits=0, max_width=144),
+    Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0),
+    Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 

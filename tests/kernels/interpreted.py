@@ -28,6 +28,11 @@ TINY = {
         Launch("ffn", 16, 16, 32, 4, 1, splits=3),
         Launch("ffn", 32, 32, 16, 4, 1, splits=2),
     ],
+    "ffn_rows": [Launch("ffn_rows", 16, 16, 0, 4, 1), Launch("ffn_rows", 16, 32, 0, 4, 1, splits=3)],
+    "ffn_weights": [
+        Launch("ffn_weights", 0, 16, 16, 4, 1, splits=2),
+        Launch("ffn_weights", 0, 32, 16, 4, 1, max_width=176),
+    ],
 }
 
 
@@ -216,6 +221,53 @@ def _check_ffn(seed: int) -> None:
     exact = ffn_chain(x.double(), *block)
     y = forward(x, first, second, launch, gate=gate, activation=activation, residual=residual, norm=norm)
     check_accurate(y, chained, exact)
+
+
+def check_lowrank_ffn_backward(seed: int, device: str = "cpu") -> None:
+    """The backward of one drawn block from the z that its forward saved, against float64."""
+    with torch.device(device):
+        _check_ffn_backward(seed)
+
+
+def _check_ffn_backward(seed: int) -> None:
+    from lpaf_kernels.triton import lowrank_ffn as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    activation = ACTIVATIONS[seed // 3 % 6]
+    names = ("project", "expand", "outer", "ffn_rows", "ffn_weights")
+    launches = kernels.BackwardLaunches(*(draw_launch(name, seed) for name in names))
+    launch = draw_launch("ffn", seed)
+    most = min(launch.max_width, launches.rows.max_width, launches.weights.max_width)
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 120), draw.randint(2, 90)
+    x = _apart(rows, d_in, draw, dtype)
+    grad = _apart(rows, d_out, draw, dtype)
+    first, second = _factors(draw, d_in, hidden, most, dtype), _factors(draw, hidden, d_out, most, dtype)
+
+    y, z1, z2 = kernels.forward_with_z(x, first, second, launch, activation=activation)
+    check_accurate(
+        y, *(ffn_chain(x.to(to), first, second, None, activation, None, None) for to in (dtype, torch.double))
+    )
+    actual = kernels.backward(grad, x, z1, z2, first, second, launches, activation=activation)
+    assert (actual.bias1 is None) == (first.bias is None)
+    assert (actual.bias2 is None) == (second.bias is None)
+    references = []
+    for to in (dtype, torch.double):
+        # From the same z1, so that no kink of relu lies between them.
+        z = z1[:, : first.width].to(to)
+        tensors = (z, first.up, first.bias, second.down, second.up, second.bias)
+        leaves = [None if t is None else t.detach().to(to).requires_grad_() for t in tensors]
+        pre = F.linear(leaves[0][:, : first.rank], leaves[1].t(), leaves[2])
+        if first.kept is not None:
+            pre = pre.index_add(1, first.kept, leaves[0][:, first.rank :])
+        _, _, result = chain(act(pre, activation), leaves[3], leaves[4], second.kept, leaves[5], "none")
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        d_z, *others = torch.autograd.grad(result, wanted, grad.to(to))
+        references.append([d_z @ first.down.to(to), d_z.t() @ x.to(to), *others])
+    for result, chained, exact in zip((t for t in actual if t is not None), *references):
+        check_accurate(result, chained, exact)
 
 
 def is_interpreting() -> bool:

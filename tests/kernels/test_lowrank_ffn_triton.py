@@ -34,8 +34,15 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(120))
+def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_ffn_backward, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_lowrank_ffn(seed, "cuda")
+    interpreted.check_lowrank_ffn_backward(seed, "cuda")
