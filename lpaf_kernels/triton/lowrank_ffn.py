@@ -233,7 +233,7 @@ def _result(
                 mean += shift * share
             else:
                 squares += tl.sum(tile * tile, 1)
-    scale = tl.rsqrt(squares / cols + EPS)
+        scale = tl.rsqrt(squares / cols + EPS)
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         tile = _result_tile(
@@ -610,7 +610,7 @@ def forward(
     """y [rows, out] of x [rows, in]; see the module's notation.
 
     Raises:
-        ValueError: a factor with more columns (rank + kept) than ``launch`` holds.
+        ValueError: more columns (rank + kept) than ``launch`` holds in a factor, or in ``first`` and ``gate`` together.
     """
     return forward_with_z(
         x, first, second, launch, gate=gate, activation=activation, residual=residual, norm=norm, save_z=False
@@ -638,6 +638,9 @@ def forward_with_z(
     hidden, cols = first.cols, second.cols
     parts1, parts2 = _cut("down1", first, launch), _cut("down2", second, launch)
     parts_g = (0, 0, 0) if gate is None else _cut("gate", gate, launch)
+    if gate is not None and first.width + gate.width > launch.max_width:
+        widths = f"{first.width} + {gate.width}"
+        raise ValueError(f"down1, gate: expected at most {launch.max_width} rows for {launch.name}, got {widths}")
     gated = first if gate is None else gate
     block_k = _block_k(launch, x.dtype)
     y = x.new_empty((rows, cols))
