@@ -380,22 +380,35 @@ def _finish(
 
 @triton.jit
 def _z_tile(
-    z_ptr, m, rows, width, z_stride, FIRST: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr
+    z_ptr, rows, z_stride, FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """Columns FIRST.. of z for the rows m, 0 beyond the last row and column; [PART, m] if TRANSPOSED.
+    """Columns FIRST.. of BLOCK rows of z, of which there are `rows`; [PART, BLOCK] if TRANSPOSED.
 
-    Loaded to the end of the padded row, in whole 16-byte pieces; what is no column is cut afterwards.
+    Loaded to the end of the padded row, in whole 16-byte pieces: the weights have 0 where z has padding.
     """
+    m = tl.arange(0, BLOCK)
     n = FIRST + tl.arange(0, PART)
     if TRANSPOSED:
-        offsets = m.to(tl.int64)[None, :] * z_stride + n[:, None]
-        z = tl.load(z_ptr + offsets, mask=(m < rows)[None, :] & (n < z_stride)[:, None], other=0.0)
-        z = tl.where((n < width)[:, None], z, tl.zeros_like(z))
+        return tl.load(
+            z_ptr + (m[None, :] * z_stride + n[:, None]), mask=(m < rows)[None, :] & (n < z_stride)[:, None], other=0.0
+        )
     else:
-        offsets = m.to(tl.int64)[:, None] * z_stride + n[None, :]
-        z = tl.load(z_ptr + offsets, mask=(m < rows)[:, None] & (n < z_stride)[None, :], other=0.0)
-        z = tl.where((n < width)[None, :], z, tl.zeros_like(z))
-    return z
+        return tl.load(
+            z_ptr + (m[:, None] * z_stride + n[None, :]), mask=(m < rows)[:, None] & (n < z_stride)[None, :], other=0.0
+        )
+
+
+@triton.jit
+def _down_rows(
+    down_ptr, width, depth, k0, FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Rows FIRST.. of down [width, depth] at k0.. as a [PART, BLOCK] tile; 0 beyond the last row and column."""
+    n = FIRST + tl.arange(0, PART)
+    k = tl.arange(0, BLOCK)
+    inside = (n < width)[:, None]
+    if not EVEN:
+        inside = inside & (k < depth - k0)[None, :]
+    return tl.load(down_ptr + k0 + (n[:, None] * depth + k[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -425,24 +438,26 @@ def _ffn_rows(
     Program axis 0: row tiles. Axis 1: splits of the hidden dimension, each with its own d z1.
     """
     dtype: tl.constexpr = up1_ptr.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    width1 = rank1 + kept1
-    z0 = _z_tile(z1_ptr, m, rows, width1, z1_stride, 0, P0, False)
-    d0 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, 0, Q0, False)
+    m0 = tl.program_id(0) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    left = rows - m0
+    z1_ptr += m0.to(tl.int64) * z1_stride
+    d_z2_ptr += m0.to(tl.int64) * d_z2_stride
+    z0 = _z_tile(z1_ptr, left, z1_stride, 0, P0, BLOCK_M, False)
+    d0 = _z_tile(d_z2_ptr, left, d_z2_stride, 0, Q0, BLOCK_M, False)
     if P1 > 0:
-        z1 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0, P1, False)
+        z1 = _z_tile(z1_ptr, left, z1_stride, P0, P1, BLOCK_M, False)
     if P2 > 0:
-        z2 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0 + P1, P2, False)
+        z2 = _z_tile(z1_ptr, left, z1_stride, P0 + P1, P2, BLOCK_M, False)
     if Q1 > 0:
-        d1 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0, Q1, False)
+        d1 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0, Q1, BLOCK_M, False)
     if Q2 > 0:
-        d2 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0 + Q1, Q2, False)
+        d2 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0 + Q1, Q2, BLOCK_M, False)
     acc0 = tl.zeros((BLOCK_M, P0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, P1 if P1 > 0 else 16), tl.float32)
     acc2 = tl.zeros((BLOCK_M, P2 if P2 > 0 else 16), tl.float32)
     first = tl.program_id(1) * hidden_per_split
     for n0 in range(first, tl.minimum(first + hidden_per_split, hidden), BLOCK_N):
-        # No weight's tile is kept for its second use: it is still in shared memory or L2, registers are scarcer.
         pre = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         d_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         w0 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, 0, P0, BLOCK_N, EVEN_N, KEPT1_FROM <= 0)
@@ -456,13 +471,13 @@ def _ffn_rows(
         if HAS_BIAS1:
             n = n0 + tl.arange(0, BLOCK_N)
             pre += tl.load(bias1_ptr + n, mask=n < hidden, other=0.0).to(tl.float32)[None, :]
-        v0 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N))
+        v0 = _down_rows(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N)
         d_h = _mma(d0, v0, d_h, PRECISION, UPCAST)
         if Q1 > 0:
-            v1 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N))
+            v1 = _down_rows(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N)
             d_h = _mma(d1, v1, d_h, PRECISION, UPCAST)
         if Q2 > 0:
-            v2 = tl.trans(_down_tile(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N))
+            v2 = _down_rows(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N)
             d_h = _mma(d2, v2, d_h, PRECISION, UPCAST)
         _, d_pre = _hidden_gradient(pre, d_h, ACTIVATION)
         d_pre = _cast(d_pre, dtype, UPCAST)
@@ -492,7 +507,6 @@ def _ffn_weights(
     dtype: tl.constexpr = up1_ptr.dtype.element_ty
     n0 = tl.program_id(0) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
-    width1 = rank1 + kept1
     bias = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_BIAS1:
         bias = tl.load(bias1_ptr + n, mask=n < hidden, other=0.0).to(tl.float32)
@@ -511,30 +525,32 @@ def _ffn_weights(
         u2 = _up_tile(up1_ptr, kept1_ptr, rank1, kept1, hidden, n0, P0 + P1, P2, BLOCK_N, EVEN_N, KEPT1_FROM <= 2)
         u2 = tl.trans(u2)
     if OF_UP1:
-        v0 = _down_tile(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N)
+        v0 = tl.trans(_down_rows(down2_ptr, width2, hidden, n0, 0, Q0, BLOCK_N, EVEN_N))
         if Q1 > 0:
-            v1 = _down_tile(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N)
+            v1 = tl.trans(_down_rows(down2_ptr, width2, hidden, n0, Q0, Q1, BLOCK_N, EVEN_N))
         if Q2 > 0:
-            v2 = _down_tile(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N)
+            v2 = tl.trans(_down_rows(down2_ptr, width2, hidden, n0, Q0 + Q1, Q2, BLOCK_N, EVEN_N))
     first = tl.program_id(1) * rows_per_split
+    z1_ptr += first.to(tl.int64) * z1_stride
+    d_z2_ptr += first.to(tl.int64) * d_z2_stride
     for m0 in range(first, tl.minimum(first + rows_per_split, rows), BLOCK_K):
-        m = m0 + tl.arange(0, BLOCK_K)
+        left = rows - m0
         pre = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         d_h = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        z0 = _z_tile(z1_ptr, m, rows, width1, z1_stride, 0, P0, True)
+        z0 = _z_tile(z1_ptr, left, z1_stride, 0, P0, BLOCK_K, True)
         pre = _mma(u0, z0, pre, PRECISION, UPCAST)
         if P1 > 0:
-            z1 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0, P1, True)
+            z1 = _z_tile(z1_ptr, left, z1_stride, P0, P1, BLOCK_K, True)
             pre = _mma(u1, z1, pre, PRECISION, UPCAST)
         if P2 > 0:
-            z2 = _z_tile(z1_ptr, m, rows, width1, z1_stride, P0 + P1, P2, True)
+            z2 = _z_tile(z1_ptr, left, z1_stride, P0 + P1, P2, BLOCK_K, True)
             pre = _mma(u2, z2, pre, PRECISION, UPCAST)
         pre += bias[:, None]
-        d0 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, 0, Q0, True)
+        d0 = _z_tile(d_z2_ptr, left, d_z2_stride, 0, Q0, BLOCK_K, True)
         if Q1 > 0:
-            d1 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0, Q1, True)
+            d1 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0, Q1, BLOCK_K, True)
         if Q2 > 0:
-            d2 = _z_tile(d_z2_ptr, m, rows, width2, d_z2_stride, Q0 + Q1, Q2, True)
+            d2 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0 + Q1, Q2, BLOCK_K, True)
         if OF_UP1:
             d_h = _mma(v0, d0, d_h, PRECISION, UPCAST)
             if Q1 > 0:
@@ -557,6 +573,8 @@ def _ffn_weights(
                 v_acc1 = _mma(h, tl.trans(d1), v_acc1, PRECISION, UPCAST)
             if Q2 > 0:
                 v_acc2 = _mma(h, tl.trans(d2), v_acc2, PRECISION, UPCAST)
+        z1_ptr += BLOCK_K * z1_stride
+        d_z2_ptr += BLOCK_K * d_z2_stride
     split = tl.program_id(1).to(tl.int64)
     if OF_UP1:
         d_up1_ptr += split * rank1 * hidden
@@ -777,6 +795,8 @@ def backward(
         ValueError: a factor with more columns (rank + kept) than a launch holds.
     """
     d_z2, _, _ = project(grad, second.up, launches.project, second.kept, keep_splits=False)
+    if second.kept is not None and d_z2.shape[1] > second.width:
+        d_z2[:, second.width :].zero_()  # gathered columns come without padding, and 0 times NaN is NaN
     d_z1 = hidden_rows(z1, d_z2, first, second, launches.rows, activation)
     d_up1, d_bias1, d_down2 = hidden_weights(z1, d_z2, first, second, launches.weights, activation)
     d_up2, d_bias2 = outer(z2, second.rank, grad, launches.outer, second.bias is not None)
