@@ -74,11 +74,13 @@ class Launch:
         return f"{self.kernel}-{sides}-w{self.num_warps}-s{self.num_stages}-p{self.splits}-r{self.max_width}"
 
     def holds(self, width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-        """Whether it can run at ``width`` rank columns: only one_kernel must hold all of them at once.
+        """Whether it can run at ``width`` rank columns: only one_kernel and those of a block must hold all at once.
 
-        It keeps z as an operand of its second product, in registers: of 4-byte numbers (TF32) a quarter fits.
+        They keep z as an operand of the next product, in registers: of 4-byte numbers (TF32) a quarter fits.
         """
-        return self.kernel != "one_kernel" or width <= self.max_width // (1 if dtype.itemsize <= 2 else 4)
+        return self.kernel in ("project", "expand", "outer") or width <= self.max_width // (
+            1 if dtype.itemsize <= 2 else 4
+        )
 
     @property
     def instruction(self) -> dict[int, str]:
@@ -128,8 +130,13 @@ _SHIPPED = (
     Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=_NEW),
     Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80,)),
     Launch("ffn", 16, 32, 64, 4, 2, splits=0, max_width=144),
-    Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0),
-    Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0),
+    Launch("ffn_rows", 128, 32, 0, 8, 2, max_width=144, archs=_NEW),
+    Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0, archs=_NEW),
+    Launch("ffn_rows", 128, 16, 0, 8, 2, splits=0, max_width=256, archs=(80,)),
+    Launch("ffn_rows", 16, 32, 0, 4, 2, splits=0, max_width=144),
+    Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0, archs=_NEW),
+    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=160, archs=(80,)),
+    Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=256, archs=(80,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 

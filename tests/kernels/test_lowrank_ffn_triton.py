@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import interpreted
+from lpaf_kernels.triton.launch import LAUNCHES
+from lpaf_kernels.triton.shipped import FFN_ALL_CASES, FFN_CORE_CASES, FFN_KERNELS, faults
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SEEDS = range(180)
@@ -46,3 +48,34 @@ def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_lowrank_ffn(seed, "cuda")
     interpreted.check_lowrank_ffn_backward(seed, "cuda")
+
+
+@pytest.mark.parametrize(("kernel", "seeds"), [("ffn", 180), ("ffn_rows", 120), ("ffn_weights", 120)])
+def test_every_launch_is_drawn(kernel: str, seeds: int) -> None:
+    drawn = {interpreted.draw_launch(kernel, seed) for seed in range(seeds)}
+    assert {launch for launch in LAUNCHES.values() if launch.kernel == kernel} <= drawn
+
+
+COMPILED = [(name, arch) for name, launch in LAUNCHES.items() if launch.kernel in FFN_KERNELS for arch in launch.archs]
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
+def test_compiled(name: str, arch: int) -> None:
+    """Every shipped launch on every architecture it names: no stack, shared memory fits, its matrix instruction."""
+    check_compiled(name, arch, FFN_CORE_CASES)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
+def test_compiled_at_every_shape(name: str, arch: int) -> None:
+    check_compiled(name, arch, FFN_ALL_CASES)
+
+
+def check_compiled(name: str, arch: int, cases: list[tuple]) -> None:
+    compiled = list(faults(name, arch, cases))
+    assert compiled
+    for call, found in compiled:
+        assert not found, (call.grid, call.constants)
