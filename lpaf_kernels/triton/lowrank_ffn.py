@@ -28,7 +28,6 @@ from .lowrank_sparse_linear import (
     _load,
     _mma,
     _store_columns,
-    _store_part,
     expand,
     outer,
     project,
@@ -102,7 +101,7 @@ def _inner(
     acc2 = tl.zeros((BLOCK_M, P2 if P2 > 0 else 16), tl.float32)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load(x_ptr + m_in[:, None] * x_stride + k[None, :], None if EVEN_K else (k < depth)[None, :])
+        x = _load(x_ptr + (m_in[:, None] * x_stride + k[None, :]), None if EVEN_K else (k < depth)[None, :])
         acc0 = _mma(x, _down_tile(down_ptr, width, depth, k0, 0, P0, BLOCK_K, EVEN_K), acc0, PRECISION, UPCAST)
         if P1 > 0:
             acc1 = _mma(x, _down_tile(down_ptr, width, depth, k0, P0, P1, BLOCK_K, EVEN_K), acc1, PRECISION, UPCAST)
@@ -117,10 +116,7 @@ def _inner(
 def _down_tile(
     down_ptr, width, depth, k0, FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """Rows FIRST.. of down [width, depth] at k0.. as a [BLOCK, PART] tile; rows beyond the last repeat it.
-
-    Offsets of 32 bits from one pointer take half the registers that pointers take.
-    """
+    """Rows FIRST.. of down [width, depth] at k0.. as a [BLOCK, PART] tile; rows beyond the last repeat it."""
     n = tl.minimum(FIRST + tl.arange(0, PART), width - 1)
     k = tl.arange(0, BLOCK)
     return _load(down_ptr + k0 + (n[None, :] * depth + k[:, None]), None if EVEN else (k < depth - k0)[:, None])
@@ -145,15 +141,25 @@ def _up_tile(
 
 
 @triton.jit
+def _store_z(z_ptr, m, rows, z_stride, z, FIRST: tl.constexpr, PART: tl.constexpr, UPCAST: tl.constexpr):
+    n = FIRST + tl.arange(0, PART)
+    tl.store(
+        z_ptr + (m[:, None] * z_stride + n[None, :]),
+        _cast(z, z_ptr.dtype.element_ty, UPCAST),
+        mask=(m < rows)[:, None] & (n < z_stride)[None, :],
+    )
+
+
+@triton.jit
 def _store_parts(
     z_ptr, m, rows, z_stride, z0, z1, z2, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """All parts of z, the padding of its rows included."""
-    _store_part(z_ptr, m, rows, z_stride, z0, 0, z_stride, P0, UPCAST)
+    _store_z(z_ptr, m, rows, z_stride, z0, 0, P0, UPCAST)
     if P1 > 0:
-        _store_part(z_ptr, m, rows, z_stride, z1, P0, z_stride, P1, UPCAST)
+        _store_z(z_ptr, m, rows, z_stride, z1, P0, P1, UPCAST)
     if P2 > 0:
-        _store_part(z_ptr, m, rows, z_stride, z2, P0 + P1, z_stride, P2, UPCAST)
+        _store_z(z_ptr, m, rows, z_stride, z2, P0 + P1, P2, UPCAST)
 
 
 @triton.jit
@@ -197,7 +203,7 @@ def _result_tile(
     )  # fmt: skip
     if HAS_RESIDUAL:
         n = n0 + tl.arange(0, BLOCK_N)
-        offsets = m.to(tl.int64)[:, None] * residual_stride + n[None, :]
+        offsets = m[:, None] * residual_stride + n[None, :]
         acc += _load(residual_ptr + offsets, (m < rows)[:, None] & (n < cols)[None, :]).to(tl.float32)
     return acc
 
@@ -246,7 +252,7 @@ def _result(
                 tile *= tl.load(norm_weight_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
             if NORM_BIAS:
                 tile += tl.load(norm_bias_ptr + n, mask=n < cols, other=0.0).to(tl.float32)[None, :]
-        offsets = m.to(tl.int64)[:, None] * cols + n[None, :]
+        offsets = m[:, None] * cols + n[None, :]
         inside = (m < rows)[:, None] & (n < cols)[None, :]
         tl.store(y_ptr + offsets, _cast(tile, y_ptr.dtype.element_ty, UPCAST), mask=inside)
 
@@ -273,8 +279,17 @@ def _ffn(
     Program axis 0: row tiles. Axis 1: splits of the hidden dimension, each of which computes z1 anew.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_in = tl.minimum(m, rows - 1).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    # From here on this tile's rows: offsets of 32 bits from one pointer take half the registers that pointers take.
+    before = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows -= tl.program_id(0) * BLOCK_M
+    m_in = tl.minimum(m, rows - 1)
+    x_ptr += before * x_stride
+    residual_ptr += before * residual_stride
+    y_ptr += before * cols
+    parts_ptr += before * parts_stride
+    z1_ptr += before * z1_stride
+    z2_ptr += before * parts_stride
     z0, z1, z2 = _inner(
         x_ptr, down1_ptr, m_in, rank1 + kept1, depth, x_stride, dtype,
         P0, P1, P2, BLOCK_M, BLOCK_K, EVEN_K, PRECISION, UPCAST,
@@ -337,7 +352,7 @@ def _add_parts(
 ):  # fmt: skip
     """Columns FIRST.. of z2: the parts added in order, as DTYPE."""
     n = FIRST + tl.arange(0, PART)
-    pointers = parts_ptr + m_in[:, None] * parts_stride + n[None, :]
+    pointers = parts_ptr + (m_in[:, None] * parts_stride + n[None, :])
     total = tl.zeros((BLOCK_M, PART), tl.float32)
     for _ in range(splits):
         total += tl.load(pointers, mask=(n < parts_stride)[None, :], other=0.0)
@@ -357,8 +372,14 @@ def _finish(
 ):  # fmt: skip
     """y from the parts of z2. Program axis 0: row tiles. Axis 1: `cols_per_program` columns each."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_in = tl.minimum(m, rows - 1).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    before = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows -= tl.program_id(0) * BLOCK_M
+    m_in = tl.minimum(m, rows - 1)
+    parts_ptr += before * parts_stride
+    residual_ptr += before * residual_stride
+    y_ptr += before * cols
+    z2_ptr += before * parts_stride
     z0 = _add_parts(parts_ptr, m_in, splits, parts_stride, split_stride, 0, dtype, Q0, BLOCK_M, UPCAST)
     z1 = z0
     z2 = z0
@@ -438,21 +459,22 @@ def _ffn_rows(
     Program axis 0: row tiles. Axis 1: splits of the hidden dimension, each with its own d z1.
     """
     dtype: tl.constexpr = up1_ptr.dtype.element_ty
-    m0 = tl.program_id(0) * BLOCK_M
-    m = m0 + tl.arange(0, BLOCK_M)
-    left = rows - m0
-    z1_ptr += m0.to(tl.int64) * z1_stride
-    d_z2_ptr += m0.to(tl.int64) * d_z2_stride
-    z0 = _z_tile(z1_ptr, left, z1_stride, 0, P0, BLOCK_M, False)
-    d0 = _z_tile(d_z2_ptr, left, d_z2_stride, 0, Q0, BLOCK_M, False)
+    m = tl.arange(0, BLOCK_M)
+    before = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows -= tl.program_id(0) * BLOCK_M
+    z1_ptr += before * z1_stride
+    d_z2_ptr += before * d_z2_stride
+    d_z1_ptr += before * z1_stride
+    z0 = _z_tile(z1_ptr, rows, z1_stride, 0, P0, BLOCK_M, False)
+    d0 = _z_tile(d_z2_ptr, rows, d_z2_stride, 0, Q0, BLOCK_M, False)
     if P1 > 0:
-        z1 = _z_tile(z1_ptr, left, z1_stride, P0, P1, BLOCK_M, False)
+        z1 = _z_tile(z1_ptr, rows, z1_stride, P0, P1, BLOCK_M, False)
     if P2 > 0:
-        z2 = _z_tile(z1_ptr, left, z1_stride, P0 + P1, P2, BLOCK_M, False)
+        z2 = _z_tile(z1_ptr, rows, z1_stride, P0 + P1, P2, BLOCK_M, False)
     if Q1 > 0:
-        d1 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0, Q1, BLOCK_M, False)
+        d1 = _z_tile(d_z2_ptr, rows, d_z2_stride, Q0, Q1, BLOCK_M, False)
     if Q2 > 0:
-        d2 = _z_tile(d_z2_ptr, left, d_z2_stride, Q0 + Q1, Q2, BLOCK_M, False)
+        d2 = _z_tile(d_z2_ptr, rows, d_z2_stride, Q0 + Q1, Q2, BLOCK_M, False)
     acc0 = tl.zeros((BLOCK_M, P0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, P1 if P1 > 0 else 16), tl.float32)
     acc2 = tl.zeros((BLOCK_M, P2 if P2 > 0 else 16), tl.float32)
