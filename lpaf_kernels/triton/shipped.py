@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, pitch, recording
+from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, candidates, pitch, recording
 
 SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
     (4096, 768, 3072, 80, 154),
@@ -102,7 +102,9 @@ def _ffn_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activ
             kernels.hidden_weights(z, z, first, second, launch, activation)
         elif activation != "silu":
             kernels.forward(x, first, second, launch, activation=activation, residual=x, norm=norm)
-            kernels.forward_with_z(x, first, second, launch, activation=activation)
+            # z is saved only where there is a backward.
+            if all(candidates("ffn_rows", rank + kept, arch, dtype) for arch in launch.archs):
+                kernels.forward_with_z(x, first, second, launch, activation=activation)
         elif launch.holds(2 * (rank + kept), dtype):
             norm = kernels.Norm("rms", empty(d))
             kernels.forward(x, first, second, launch, gate=first, activation=activation, residual=x, norm=norm)
