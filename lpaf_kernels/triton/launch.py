@@ -125,10 +125,10 @@ _SHIPPED = (
     Launch("ffn", 128, 64, 64, 8, 3, max_width=144, archs=_NEW),
     Launch("ffn", 128, 32, 64, 8, 2, archs=(100,)),
     Launch("ffn", 128, 32, 64, 8, 2, max_width=144, archs=(80,)),
-    Launch("ffn", 128, 16, 16, 8, 2, splits=0, archs=(80,)),
     Launch("ffn", 64, 64, 64, 4, 2, splits=0, max_width=144, archs=_NEW),
     Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=_NEW),
     Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80,)),
+    Launch("ffn", 128, 16, 16, 8, 2, splits=0, archs=(80,)),
     Launch("ffn", 16, 32, 64, 4, 2, splits=0, max_width=144),
     Launch("ffn_rows", 128, 32, 0, 8, 2, max_width=144, archs=_NEW),
     Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0, archs=_NEW),
@@ -156,15 +156,21 @@ def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.d
     """What is used where nothing was measured: the tallest tile that still makes about one program per multiprocessor.
 
     Raises:
-        ValueError: more rank columns than one_kernel holds.
+        ValueError: more rank columns than one_kernel or a kernel of a block holds.
     """
     found = candidates(kernel, width, arch, dtype)
     if not found:
         most = max(held for held in range(MAX_WIDTH + 1) if candidates(kernel, held, arch, dtype))
         raise ValueError(f"rank + kept: expected at most {most} for {kernel} in {dtype}, got {width}")
-    if kernel == "outer":
+    if kernel in ("outer", "ffn_weights"):
         return found[0]
-    fits = [launch for launch in found if launch.splits != 4 and rows >= 64 * launch.block_m]
+    # Splits of the hidden dimension fill the device from one row tile on.
+    blocks = kernel in ("ffn", "ffn_rows")
+    fits = [
+        launch
+        for launch in found
+        if launch.splits != 4 and rows >= (1 if blocks and launch.splits == 0 else 64) * launch.block_m
+    ]
     return fits[0] if fits else min(found, key=lambda launch: launch.block_m)
 
 
