@@ -18,6 +18,8 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
+KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights")
+
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
 _LARGE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
@@ -28,13 +30,13 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel" or "outer".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_rows" or "ffn_weights".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
-            a side that a kernel derives from the rank is 0.
+            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
-        splits: programs that share one output tile's sum ("project", "outer") or one row tile's columns
-            ("one_kernel"). 0: as many as fill the device.
+        splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
+            ("one_kernel") or its hidden columns ("ffn", "ffn_rows"). 0: as many as fill the device.
         max_width: rank columns that one program holds at most, up to 272; "one_kernel" holds a quarter of 4 bytes.
         archs: the compute capabilities times ten (80, 90, 100) it is meant for.
     """
@@ -50,8 +52,8 @@ class Launch:
     archs: tuple[int, ...] = (80, 90, 100)
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("project", "expand", "one_kernel", "outer"):
-            raise ValueError(f"kernel: expected project, expand, one_kernel or outer, got {self.kernel!r}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel: expected {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {self.kernel!r}")
         for name in ("block_m", "block_n", "block_k"):
             side = getattr(self, name)
             if side != 0 and (side < GRANULE or side & (side - 1)):
@@ -72,16 +74,18 @@ class Launch:
         return f"{self.kernel}-{sides}-w{self.num_warps}-s{self.num_stages}-p{self.splits}-r{self.max_width}"
 
     def holds(self, width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-        """Whether it can run at ``width`` rank columns: only one_kernel must hold all of them at once.
+        """Whether it can run at ``width`` rank columns: only one_kernel and those of a block must hold all at once.
 
-        It keeps z as an operand of its second product, in registers: of 4-byte numbers (TF32) a quarter fits.
+        They keep z as an operand of the next product, in registers: of 4-byte numbers (TF32) a quarter fits.
         """
-        return self.kernel != "one_kernel" or width <= self.max_width // (1 if dtype.itemsize <= 2 else 4)
+        return self.kernel in ("project", "expand", "outer") or width <= self.max_width // (
+            1 if dtype.itemsize <= 2 else 4
+        )
 
     @property
     def instruction(self) -> dict[int, str]:
         """By capability, the matrix instruction that products of 16-bit numbers must compile to."""
-        side = self.block_n if self.kernel == "outer" else self.block_m
+        side = self.block_n if self.kernel in ("outer", "ffn_weights") else self.block_m
         table = _LARGE if side >= 64 and self.num_warps >= 4 else _SMALL
         return {arch: table[arch] for arch in self.archs}
 
@@ -118,6 +122,24 @@ _SHIPPED = (
     Launch("outer", 0, 128, 64, 8, 3, splits=0, archs=_NEW),
     Launch("outer", 0, 128, 64, 8, 3, splits=0, max_width=144),
     Launch("outer", 0, 64, 64, 4, 3, splits=0, max_width=144),
+    Launch("ffn", 128, 32, 64, 8, 2, archs=(100,)),
+    Launch("ffn", 128, 32, 64, 8, 2, max_width=208, archs=(90,)),
+    Launch("ffn", 128, 32, 64, 8, 2, max_width=144, archs=(80,)),
+    Launch("ffn", 64, 32, 64, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80, 90)),
+    Launch("ffn", 64, 64, 64, 8, 2, splits=0, max_width=144, archs=(90,)),
+    Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=(90,)),
+    Launch("ffn", 128, 16, 16, 8, 3, splits=0, archs=(80,)),
+    Launch("ffn", 16, 16, 64, 4, 2, splits=0, max_width=144),
+    Launch("ffn_rows", 128, 32, 0, 8, 2, max_width=144, archs=(90,)),
+    Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0, archs=(90,)),
+    Launch("ffn_rows", 64, 32, 0, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_rows", 128, 16, 0, 8, 2, splits=0, max_width=208, archs=(80,)),
+    Launch("ffn_rows", 16, 32, 0, 4, 2, splits=0, max_width=144),
+    Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0, archs=(90,)),
+    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=160, archs=(80,)),
+    Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
@@ -136,15 +158,21 @@ def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.d
     """What is used where nothing was measured: the tallest tile that still makes about one program per multiprocessor.
 
     Raises:
-        ValueError: more rank columns than one_kernel holds.
+        ValueError: more rank columns than one_kernel or a kernel of a block holds.
     """
     found = candidates(kernel, width, arch, dtype)
     if not found:
         most = max(held for held in range(MAX_WIDTH + 1) if candidates(kernel, held, arch, dtype))
         raise ValueError(f"rank + kept: expected at most {most} for {kernel} in {dtype}, got {width}")
-    if kernel == "outer":
+    if kernel in ("outer", "ffn_weights"):
         return found[0]
-    fits = [launch for launch in found if launch.splits != 4 and rows >= 64 * launch.block_m]
+    # Splits of the hidden dimension fill the device from one row tile on.
+    blocks = kernel in ("ffn", "ffn_rows")
+    fits = [
+        launch
+        for launch in found
+        if launch.splits != 4 and rows >= (1 if blocks and launch.splits == 0 else 64) * launch.block_m
+    ]
     return fits[0] if fits else min(found, key=lambda launch: launch.block_m)
 
 

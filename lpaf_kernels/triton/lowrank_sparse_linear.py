@@ -41,7 +41,7 @@ def _mma(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 def _cast(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 to DTYPE, to nearest even; the interpreter cuts bfloat16 off, so it gets what needs no rounding."""
     if UPCAST:
-        if tl.bfloat16 == DTYPE:
+        if tl.bfloat16 == DTYPE and x.dtype == tl.float32:
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             x = bits.to(tl.float32, bitcast=True)

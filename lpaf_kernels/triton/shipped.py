@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, pitch, recording
+from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, candidates, pitch, recording
 
 SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
     (4096, 768, 3072, 80, 154),
@@ -23,10 +23,31 @@ ALL_CASES = [
 ]
 # Products of 4-byte numbers where torch allows TF32; one_kernel holds fewer columns of them.
 TF32_SHAPES = [SHAPES[1], (4096, 768, 3072, 80, 41), (512, 768, 768, 41, 8), (16, 768, 768, 16, 8)]
+# The same for lowrank_ffn, as (rows, in, hidden, rank, kept); silu stands for a gated block.
+FFN_SHAPES = [
+    (65536, 768, 3072, 80, 0),
+    (65536, 768, 3072, 130, 0),
+    (65536, 768, 3072, 260, 0),
+    (4096, 768, 3072, 80, 38),
+    (4096, 768, 3072, 80, 64),
+    (4096, 768, 3072, 130, 77),
+    (4096, 768, 3072, 200, 72),
+    (128, 384, 1536, 41, 19),
+    (16, 1000, 2730, 20, 0),
+]
+FFN_CORE_CASES = [(FFN_SHAPES[1], torch.bfloat16, "gelu"), (FFN_SHAPES[2], torch.bfloat16, "gelu")]
+FFN_ALL_CASES = [
+    *((shape, torch.bfloat16, "gelu") for shape in FFN_SHAPES),
+    (FFN_SHAPES[1], torch.float16, "gelu_tanh"),
+    *((shape, torch.bfloat16, "silu") for shape in ((4096, 4096, 11008, 72, 0), (4096, 768, 3072, 130, 0))),
+]
+FFN_KERNELS = ("ffn", "ffn_rows", "ffn_weights")
 
 
 def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
     """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank."""
+    if launch.kernel in FFN_KERNELS:
+        return _ffn_calls(launch, shape, dtype, activation)
     from . import lowrank_sparse_linear as kernels
 
     rows, d_in, d_out, rank, kept = shape
@@ -57,13 +78,50 @@ def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation
     return recorded
 
 
-def faults(name: str, arch: int, cases: Iterable[tuple] = CORE_CASES) -> Iterator[tuple[Call, list[str]]]:
+def _ffn_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
+    from . import lowrank_ffn as kernels
+
+    rows, d, hidden, rank, kept = shape
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(*size, device="meta", dtype=dtype)
+
+    def factors(d_in: int, d_out: int) -> kernels.Factors:
+        positions = torch.empty(kept, device="meta", dtype=torch.int32) if kept else None
+        return kernels.Factors(empty(rank + kept, d_in), empty(rank, d_out), positions, empty(d_out))
+
+    x, z = empty(rows, d), empty(rows, pitch(rank + kept))
+    first, second = factors(d, hidden), factors(hidden, d)
+    norm = kernels.Norm("layer", empty(d), empty(d))
+    with recording() as recorded:
+        if not launch.holds(rank + kept, dtype):
+            pass
+        elif launch.kernel == "ffn_rows":
+            kernels.hidden_rows(z, z, first, second, launch, activation)
+        elif launch.kernel == "ffn_weights":
+            kernels.hidden_weights(z, z, first, second, launch, activation)
+        elif activation != "silu":
+            kernels.forward(x, first, second, launch, activation=activation, residual=x, norm=norm)
+            # z is saved only where there is a backward.
+            if all(candidates("ffn_rows", rank + kept, arch, dtype) for arch in launch.archs):
+                kernels.forward_with_z(x, first, second, launch, activation=activation)
+        elif launch.holds(2 * (rank + kept), dtype):
+            norm = kernels.Norm("rms", empty(d))
+            kernels.forward(x, first, second, launch, gate=first, activation=activation, residual=x, norm=norm)
+    return recorded
+
+
+def faults(name: str, arch: int, cases: Iterable[tuple] | None = None) -> Iterator[tuple[Call, list[str]]]:
     """Each kernel that launch ``name`` needs for ``cases``, compiled for ``arch``, and why it must not ship."""
     from .resources import compile_calls
 
     launch = LAUNCHES[name]
+    if cases is None:
+        cases = FFN_CORE_CASES if launch.kernel in FFN_KERNELS else CORE_CASES
     recorded = [call for case in cases for call in calls(launch, *case)]
     for call, used in compile_calls(recorded, (arch,)):
         # Products of 4-byte numbers may use another instruction than those of 2-byte ones.
         exact = call.constants["PRECISION"] == "tf32"
-        yield call, used.faults(None if exact else launch.instruction[arch])
+        # `_finish` has row tiles of its own.
+        wanted = launch.instruction[arch] if call.kernel.__name__ != "_finish" else "mma.sync"
+        yield call, used.faults(None if exact else wanted)

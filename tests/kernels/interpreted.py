@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from accuracy import check_accurate
 from lpaf_kernels.triton.launch import LAUNCHES, Launch
+
+if TYPE_CHECKING:
+    from lpaf_kernels.triton.lowrank_ffn import Factors, Norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "tanh")
@@ -19,6 +23,16 @@ TINY = {
     "expand": [Launch("expand", 16, 16, 16, 4, 1), Launch("expand", 16, 32, 32, 4, 1)],
     "one_kernel": [Launch("one_kernel", 16, 16, 16, 4, 1, splits=1), Launch("one_kernel", 16, 16, 32, 4, 1, splits=3)],
     "outer": [Launch("outer", 0, 16, 16, 4, 1, splits=2), Launch("outer", 0, 32, 16, 4, 1, max_width=48)],
+    "ffn": [
+        Launch("ffn", 16, 16, 16, 4, 1, splits=1),
+        Launch("ffn", 16, 16, 32, 4, 1, splits=3),
+        Launch("ffn", 32, 32, 16, 4, 1, splits=2),
+    ],
+    "ffn_rows": [Launch("ffn_rows", 16, 16, 0, 4, 1), Launch("ffn_rows", 16, 32, 0, 4, 1, splits=3)],
+    "ffn_weights": [
+        Launch("ffn_weights", 0, 16, 16, 4, 1, splits=2),
+        Launch("ffn_weights", 0, 32, 16, 4, 1, max_width=176),
+    ],
 }
 
 
@@ -126,6 +140,134 @@ def _check(seed: int) -> None:
         references.append((dz @ down.to(to), dz.t() @ x.to(to), low.t() @ g, g.sum(0)))
     for actual, chained, exact in zip((d_x, d_down, d_up, d_bias), *references):
         check_accurate(actual, chained, exact)
+
+
+def _factors(draw: random.Random, d_in: int, d_out: int, most: int, dtype: torch.dtype) -> Factors:
+    """Drawn factors of at most ``most`` rank and kept columns, at least one of them."""
+    from lpaf_kernels.triton.lowrank_ffn import Factors
+
+    kept = min(draw.choice([0, 0, 1, d_out // 2, d_out]), most)
+    rank = min(draw.choice([0, 1, 7, 16, 20, 41, 80, draw.randint(1, 150)]), most - kept)
+    rank = max(rank, 1) if kept == 0 else rank
+    positions = torch.randperm(d_out)[:kept].sort().values.to(draw.choice([torch.int32, torch.int64]))
+    return Factors(
+        (torch.randn(rank + kept, d_in) / d_in**0.5).to(dtype),
+        (torch.randn(rank, d_out) / max(rank, 1) ** 0.5).to(dtype),
+        positions if kept else None,
+        torch.randn(d_out).to(dtype) if draw.random() < 0.7 else None,
+    )
+
+
+def _apart(rows: int, cols: int, draw: random.Random, dtype: torch.dtype) -> Tensor:
+    """Random rows, sometimes apart in memory."""
+    if draw.random() < 0.3:
+        return torch.randn(rows, 2 * cols + 3).to(dtype)[:, 1 : cols + 1]
+    return torch.randn(rows, cols).to(dtype)
+
+
+def ffn_chain(
+    x: Tensor, first: Factors, second: Factors, gate: Factors | None, activation: str, residual: Tensor | None,
+    norm: Norm | None,
+) -> Tensor:  # fmt: skip
+    """The block as torch computes it, in the dtype of ``x``."""
+
+    def to(tensor: Tensor | None) -> Tensor | None:
+        return tensor.to(x.dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+    def linear(x: Tensor, factors: Factors) -> Tensor:
+        return chain(x, to(factors.down), to(factors.up), factors.kept, to(factors.bias), "none")[2]
+
+    hidden = linear(x, first)
+    hidden = act(hidden, activation) if gate is None else act(linear(x, gate), activation) * hidden
+    y = linear(hidden, second)
+    if residual is not None:
+        y = y + to(residual)
+    if norm is not None and norm.kind == "layer":
+        y = F.layer_norm(y, y.shape[1:], to(norm.weight), to(norm.bias), norm.eps)
+    elif norm is not None:
+        y = F.rms_norm(y, y.shape[1:], to(norm.weight), norm.eps)
+    return y
+
+
+def check_lowrank_ffn(seed: int, device: str = "cpu") -> None:
+    """The forward of one drawn block, against float64 and within twice the chain's error."""
+    with torch.device(device):
+        _check_ffn(seed)
+
+
+def _check_ffn(seed: int) -> None:
+    from lpaf_kernels.triton.lowrank_ffn import Norm, forward
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    activation = ACTIVATIONS[seed // 3 % 6]
+    launch = draw_launch("ffn", seed)
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 120), draw.randint(2, 90)
+    x = _apart(rows, d_in, draw, dtype)
+    gated = draw.random() < 0.3
+    most = launch.max_width // 2 if gated else launch.max_width
+    first = _factors(draw, d_in, hidden, most, dtype)
+    gate = _factors(draw, d_in, hidden, most, dtype) if gated else None
+    second = _factors(draw, hidden, d_out, launch.max_width, dtype)
+    residual = _apart(rows, d_out, draw, dtype) if draw.random() < 0.6 else None
+    kind = draw.choice(["none", "layer", "rms"])
+    weight = torch.randn(d_out).to(dtype) if draw.random() < 0.8 else None
+    bias = torch.randn(d_out).to(dtype) if kind == "layer" and weight is not None else None
+    norm = None if kind == "none" else Norm(kind, weight, bias, draw.choice([1e-5, 1e-12, 0.1]))
+    block = (first, second, gate, activation, residual, norm)
+    chained = ffn_chain(x, *block)
+    exact = ffn_chain(x.double(), *block)
+    y = forward(x, first, second, launch, gate=gate, activation=activation, residual=residual, norm=norm)
+    check_accurate(y, chained, exact)
+
+
+def check_lowrank_ffn_backward(seed: int, device: str = "cpu") -> None:
+    """The backward of one drawn block from the z that its forward saved, against float64."""
+    with torch.device(device):
+        _check_ffn_backward(seed)
+
+
+def _check_ffn_backward(seed: int) -> None:
+    from lpaf_kernels.triton import lowrank_ffn as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    activation = ACTIVATIONS[seed // 3 % 6]
+    names = ("project", "expand", "outer", "ffn_rows", "ffn_weights")
+    launches = kernels.BackwardLaunches(*(draw_launch(name, seed) for name in names))
+    launch = draw_launch("ffn", seed)
+    most = min(launch.max_width, launches.rows.max_width, launches.weights.max_width)
+    rows = draw.choice([0, 2, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 120), draw.randint(2, 90)
+    x = _apart(rows, d_in, draw, dtype)
+    grad = _apart(rows, d_out, draw, dtype)
+    first, second = _factors(draw, d_in, hidden, most, dtype), _factors(draw, hidden, d_out, most, dtype)
+
+    y, z1, z2 = kernels.forward_with_z(x, first, second, launch, activation=activation)
+    check_accurate(
+        y, *(ffn_chain(x.to(to), first, second, None, activation, None, None) for to in (dtype, torch.double))
+    )
+    actual = kernels.backward(grad, x, z1, z2, first, second, launches, activation=activation)
+    assert (actual.bias1 is None) == (first.bias is None)
+    assert (actual.bias2 is None) == (second.bias is None)
+    references = []
+    for to in (dtype, torch.double):
+        # From the same z1, so that no kink of relu lies between them.
+        z = z1[:, : first.width].to(to)
+        tensors = (z, first.up, first.bias, second.down, second.up, second.bias)
+        leaves = [None if t is None else t.detach().to(to).requires_grad_() for t in tensors]
+        pre = F.linear(leaves[0][:, : first.rank], leaves[1].t(), leaves[2])
+        if first.kept is not None:
+            pre = pre.index_add(1, first.kept, leaves[0][:, first.rank :])
+        _, _, result = chain(act(pre, activation), leaves[3], leaves[4], second.kept, leaves[5], "none")
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        d_z, *others = torch.autograd.grad(result, wanted, grad.to(to))
+        references.append([d_z @ first.down.to(to), d_z.t() @ x.to(to), *others])
+    for result, chained, exact in zip((t for t in actual if t is not None), *references):
+        check_accurate(result, chained, exact)
 
 
 def is_interpreting() -> bool:
