@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.lowrank_ffn import Norm
 from .activations import activate, derivative
 from .launch import Launch, multiprocessors, pitch, split_width, start
 from .lowrank_sparse_linear import (
@@ -56,15 +57,6 @@ class Factors(NamedTuple):
     @property
     def cols(self) -> int:
         return self.up.shape[1]
-
-
-class Norm(NamedTuple):
-    """The normalisation of the result: kind "layer" or "rms", weight [out], bias [out] (layer only) or None."""
-
-    kind: str
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 1e-5
 
 
 class BackwardLaunches(NamedTuple):
