@@ -137,7 +137,7 @@ _SHIPPED = (
     Launch("ffn_rows", 128, 16, 0, 8, 2, splits=0, max_width=208, archs=(80,)),
     Launch("ffn_rows", 16, 32, 0, 4, 2, splits=0, max_width=144),
     Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0, archs=(90,)),
-    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=208, archs=(100,)),
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=160, archs=(80,)),
     Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
 )
