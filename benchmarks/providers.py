@@ -234,14 +234,13 @@ def _compiled(chain: Callable[..., Runner], b2b: bool) -> Build:
     return build
 
 
-def _layer(down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor, activation: str | None, training: bool):
+def _layer(down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor, training: bool) -> LowRankSparseLinear:
     """A LowRankSparseLinear around these tensors."""
     layer = LowRankSparseLinear(
         down.shape[1],
         up.shape[1],
         up.shape[0],
         kept=0 if kept is None else kept,
-        activation=activation,
         device=down.device,
         dtype=down.dtype,
     )
@@ -256,7 +255,7 @@ def _forced(name: str | None) -> Enter:
 
 def _ours_linear(problem: LinearProblem, force: str | None = None) -> Runner:
     kept = problem.kept if problem.case.kept else None
-    layer = _layer(problem.down, problem.up, kept, problem.bias, None, problem.training)
+    layer = _layer(problem.down, problem.up, kept, problem.bias, problem.training)
     leaves = {"d_down": layer.down, "d_up": layer.up, "d_bias": layer.bias}
     return linear_runner(problem, layer, leaves, context=_forced(force))
 

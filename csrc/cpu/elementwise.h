@@ -7,7 +7,8 @@ namespace lpaf::cpu {
 
 enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kSilu, kTanh };
 
-// How the rows of a block's result are normalised; weight and bias have one entry per column, bias may be null.
+// How the rows of a block's result are normalised; weight and bias have one entry per column, bias may be
+// null.
 struct Norm {
     enum class Kind { kNone, kLayer, kRms } kind = Kind::kNone;
     const float* weight = nullptr;

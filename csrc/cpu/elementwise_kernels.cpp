@@ -1,5 +1,5 @@
-// The functions of elementwise.h, compiled once per instruction set: LPAF_ELEMENTWISE names the table that this
-// compilation defines.
+// The functions of elementwise.h, compiled once per instruction set: LPAF_ELEMENTWISE names the table that
+// this compilation defines.
 #include "cpu/elementwise.h"
 
 #include "cpu/vector.h"
@@ -21,9 +21,11 @@ inline Vector absolute(Vector x) {
     return (Vector)((IntVector)x & 0x7fffffff);
 }
 
-// e^x to a rounding or two; NaN stays NaN, what is too large or small for a float becomes about 1e38 or 1e-38.
+// e^x to a rounding or two; NaN stays NaN, what is too large or small for a float becomes about 1e38 or
+// 1e-38.
 inline Vector exponential(Vector x) {
-    // 2^n e^r with |r| <= ln 2 / 2: adding 1.5 * 2^23 leaves the nearest integer n in the low bits of the mantissa.
+    // 2^n e^r with |r| <= ln 2 / 2: adding 1.5 * 2^23 leaves the nearest integer n in the low bits of the
+    // mantissa.
     const Vector bounded = select(x > 88.0f, splat(88.0f), select(x < -87.0f, splat(-87.0f), x));
     const Vector shifted = bounded * 1.44269504f + 12582912.0f;
     const Vector n = shifted - 12582912.0f;
@@ -53,8 +55,9 @@ inline Vector tanh(Vector x) {
 
 // x times the normal distribution function.
 inline Vector gelu(Vector x) {
-    // The upper tail Q(|x|) = e^(-x^2 / 2) R(t), t = 1 / (1 + 0.275 |x|). R is the polynomial without a constant whose
-    // largest |x| Q error on [0, 14] is the least at this degree (1.1e-8), found by Lawson's iteration.
+    // The upper tail Q(|x|) = e^(-x^2 / 2) R(t), t = 1 / (1 + 0.275 |x|). R is the polynomial without a
+    // constant whose largest |x| Q error on [0, 14] is the least at this degree (1.1e-8), found by Lawson's
+    // iteration.
     const Vector size = absolute(x);
     const Vector t = 1.0f / (0.275f * size + 1.0f);
     Vector tail = t * -0.113775916f + 0.447660416f;
@@ -149,13 +152,16 @@ inline void change_row(float* row, std::int64_t size, const Change& change) {
 
 void normalise(const Norm& norm, const float* residual, float* row, std::int64_t size) {
     if (residual != nullptr) {
-        change_row(row, size, [&](Vector entries, const auto& load_at) { return entries + load_at(residual); });
+        change_row(row, size,
+                   [&](Vector entries, const auto& load_at) { return entries + load_at(residual); });
     }
     if (norm.kind == Norm::Kind::kNone) return;
     const float count = static_cast<float>(size);
     float mean = 0;
-    if (norm.kind == Norm::Kind::kLayer) mean = sum_row(row, size, [](Vector entries) { return entries; }) / count;
-    const float square = sum_row(row, size, [mean](Vector entries) { return (entries - mean) * (entries - mean); });
+    if (norm.kind == Norm::Kind::kLayer)
+        mean = sum_row(row, size, [](Vector entries) { return entries; }) / count;
+    const float square =
+        sum_row(row, size, [mean](Vector entries) { return (entries - mean) * (entries - mean); });
     const float scale = 1.0f / __builtin_sqrtf(square / count + norm.epsilon);
     change_row(row, size, [&](Vector entries, const auto& load_at) {
         const Vector scaled = (entries - mean) * scale * load_at(norm.weight);

@@ -65,7 +65,7 @@ struct Arguments {
     Tensor x, down, up;
     std::optional<Tensor> kept, bias;
     ScalarType dtype;
-    LowRankSparseLayer layer;           // its pointers are those of float32
+    LowRankSparseLayer layer;   // its pointers are those of float32
     std::vector<int64_t> lead;  // all dimensions of x but the last
     int64_t rows = 1;           // their product
 

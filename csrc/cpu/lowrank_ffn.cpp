@@ -1,5 +1,5 @@
-// lpaf_kernels::lowrank_ffn_forward for CPU tensors in float32: a whole feed-forward block, a few rows at a time, so that
-// the wide hidden activation is written to and read from the second-level cache only.
+// lpaf_kernels::lowrank_ffn_forward for CPU tensors in float32: a whole feed-forward block, a few rows at a
+// time, so that the wide hidden activation is written to and read from the second-level cache only.
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -44,8 +44,8 @@ struct FeedForward {
 };
 
 // y of the rows [begin, end), with room to work in.
-void forward_block(const FeedForward& block, const float* x, const float* residual, int64_t begin, int64_t end,
-                   float* room, float* y) {
+void forward_block(const FeedForward& block, const float* x, const float* residual, int64_t begin,
+                   int64_t end, float* room, float* y) {
     const LowRankSparseKernels& products = lowrank_sparse_kernels();
     const ElementwiseKernels& single = elementwise();
     const int64_t size = end - begin, in = block.first.in, hidden = block.first.out, out = block.second.out;
@@ -68,7 +68,8 @@ void forward_block(const FeedForward& block, const float* x, const float* residu
     }
     apply(block.second, {h.data, h.stride}, {y + begin * out, out});
     for (int64_t row = begin; row < end; ++row) {
-        single.normalise(block.norm, residual == nullptr ? nullptr : residual + row * out, y + row * out, out);
+        single.normalise(block.norm, residual == nullptr ? nullptr : residual + row * out, y + row * out,
+                         out);
     }
 }
 
@@ -77,8 +78,10 @@ void forward(const FeedForward& block, const float* x, const float* residual, in
     const int64_t blocks = std::min(rows, ceil_div(ceil_div(rows, kBlockRows), threads) * threads);
     const int64_t most = ceil_div(rows, blocks);
     const int64_t hidden_rows = (block.gate == nullptr ? 1 : 2) * most;
-    const int64_t room = kSumDepth * kSumWidth + most * block.z_pitch() + hidden_rows * padded(block.first.out);
-    const int64_t work = most * (block.first.in * block.first.columns() + 2 * block.first.out * block.first.rank);
+    const int64_t room =
+        kSumDepth * kSumWidth + most * block.z_pitch() + hidden_rows * padded(block.first.out);
+    const int64_t work =
+        most * (block.first.in * block.first.columns() + 2 * block.first.out * block.first.rank);
     share_out(blocks, 1, work, [&](int64_t begin, int64_t end) {
         const auto own = scratch(room);
         for (int64_t i = begin; i < end; ++i) {
@@ -145,7 +148,8 @@ Tensor lowrank_ffn_forward(Tensor x, Tensor down1, Tensor up1, std::optional<Ten
     }
     norm_weight = optional_row(op, "norm_weight", norm_weight, out);
     norm_bias = optional_row(op, "norm_bias", norm_bias, out);
-    FeedForward block{first.layer, second.layer, gate ? &gate->layer : nullptr, activation_of(op, activation), {}};
+    FeedForward block{
+        first.layer, second.layer, gate ? &gate->layer : nullptr, activation_of(op, activation), {}};
     block.norm.kind = norm_of(op, norm);
     block.norm.epsilon = static_cast<float>(epsilon);
     if (block.norm.kind != Norm::Kind::kNone && !norm_weight) invalid(op, ": norm_weight is missing");

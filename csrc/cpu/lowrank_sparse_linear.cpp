@@ -156,8 +156,8 @@ void backward(const LowRankSparseLayer& layer, Rows<const float> grad, Rows<cons
     });
 }
 
-// In 16 bits: torch's products, whose kernels use the processor's 16-bit instructions, and the kept columns here,
-// which torch would add through an index as large as they are.
+// In 16 bits: torch's products, whose kernels use the processor's 16-bit instructions, and the kept columns
+// here, which torch would add through an index as large as they are.
 
 // y[:, kept] += z[:, rank:], or, where gather is set, z[:, rank:] = y[:, kept].
 template <class Entry>

@@ -61,8 +61,8 @@ struct LowRankSparseKernels {
 // Where columns are shared out among threads, shares of z and of y begin at multiples of these.
 constexpr std::int64_t kDotColumns = 4;
 constexpr std::int64_t kSumWidth = 128;
-// Ranks per pass (130 and 260 are whole passes): a panel of `up` stays in the first-level cache, and long sums are
-// sums of shorter ones.
+// Ranks per pass (130 and 260 are whole passes): a panel of `up` stays in the first-level cache, and long
+// sums are sums of shorter ones.
 constexpr std::int64_t kSumDepth = 130;
 
 // Defined by lowrank_sparse_linear_kernels.cpp, which is compiled once per instruction set.

@@ -1,5 +1,5 @@
-// torch's own matrix products of CPU tensors, through the C functions that it keeps stable: no operator is looked
-// up by name, and nothing is recorded for autograd.
+// torch's own matrix products of CPU tensors, through the C functions that it keeps stable: no operator is
+// looked up by name, and nothing is recorded for autograd.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace lpaf::cpu {
 
-// Uninitialised and contiguous, of the dtype (as the shim numbers them) of float32 or of another tensor.
+// Uninitialised and contiguous, of a dtype as the shim numbers them, see dtype_of.
 inline Tensor empty(const std::vector<int64_t>& shape, int32_t dtype) {
     std::vector<int64_t> strides(shape.size(), 1);
     for (size_t dim = shape.size(); dim-- > 1;) {
@@ -40,7 +40,8 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_
     const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
     AtenTensorHandle handle;
     // The offset counts from where the tensor begins, not from its storage.
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
     return Tensor(handle);
 }
 

@@ -1,5 +1,6 @@
-// Vectors of floats as wide as the instruction set that a file is compiled for. No torch, and nothing of the standard
-// library that the linker would share between compilations for different sets: everything here has internal linkage.
+// Vectors of floats as wide as the instruction set that a file is compiled for. No torch, and nothing of the
+// standard library that the linker would share between compilations for different sets: everything here has
+// internal linkage.
 #pragma once
 
 #include <cstdint>

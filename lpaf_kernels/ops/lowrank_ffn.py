@@ -244,7 +244,6 @@ def _lowrank_ffn_backward(
 ):  # fmt: skip
     """The gradients of the tensors that ``needs`` names, in the order of the arguments; empty where not needed."""
     forward, backward = kernels(x)
-    saved_first = None
     if down_gate is None:
         h, z1, pre = forward(x, down1, up1, kept1, bias1, activation, True)
         saved_first = h if activation in ("relu", "tanh") else pre
@@ -252,6 +251,7 @@ def _lowrank_ffn_backward(
         activated, z_gate, pre = forward(x, down_gate, up_gate, None, bias_gate, activation, True)
         linear, z1, _ = forward(x, down1, up1, kept1, bias1, "none", True)
         h = activated * linear
+        saved_first = linear  # not read: this layer has no activation
         saved_gate = activated if activation in ("relu", "tanh") else pre
     s, z2, nothing = forward(h, down2, up2, kept2, bias2, "none", True)
     d_weight = d_bias = nothing
@@ -259,8 +259,6 @@ def _lowrank_ffn_backward(
         if residual is not None:
             s += residual
         grad, d_weight, d_bias = _norm_backward(grad, s, norm_weight, norm, eps)
-    if saved_first is None:
-        saved_first = nothing
     x_, down1_, up1_, bias1_, down2_, up2_, bias2_, down_g_, up_g_, bias_g_, residual_, _, _ = needs
     inner = x_ or down1_ or up1_ or bias1_ or down_g_ or up_g_ or bias_g_
     d_h, d_down2, d_up2, d_bias2 = backward(

@@ -175,7 +175,7 @@ def test_the_environment_is_reported(capfd):
     assert "CUDA devices" in out
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

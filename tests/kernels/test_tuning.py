@@ -250,7 +250,7 @@ def test_z_is_kept_iff_its_rows_are_shorter_than_those_of_x() -> None:
 
 def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a GPU, so nothing is refused")
     with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
         tune_linear([(768, 768, 80, 0)], output=tmp_path / "table.json")
     assert not list(tmp_path.iterdir())
