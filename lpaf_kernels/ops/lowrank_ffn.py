@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
-from ._checks import check_device, check_floating, check_shape
-from .lowrank_sparse_linear import ACTIVATIONS, check_kept_type, kernels, lowrank_sparse_linear_reference
+from ._blocks import (
+    Norm,
+    check_dropout,
+    check_layer,
+    check_norm,
+    check_residual,
+    check_seed,
+    normalise,
+    reference_norm,
+    seeded,
+)
+from ._checks import check_floating
+from .lowrank_sparse_linear import ACTIVATIONS, kernels, lowrank_sparse_linear_reference
 
 aten = torch.ops.aten
 
-NORMS = ("layer", "rms")
 # csrc/cpu/lowrank_ffn.cpp: float32, without autograd.
 _HAS_NATIVE = has_kernel("lowrank_ffn_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_ffn_forward.default
-
-
-class Norm(NamedTuple):
-    """The normalisation of a block's rows.
-
-    Args:
-        kind: "layer" (LayerNorm) or "rms" (RMSNorm).
-        weight: [out].
-        bias: [out], for "layer" only. Default: none.
-        eps: added to the variance, or to the mean square. Default: 1e-5.
-    """
-
-    kind: str
-    weight: Tensor
-    bias: Tensor | None = None
-    eps: float = 1e-5
 
 
 def lowrank_ffn(
@@ -53,6 +45,7 @@ def lowrank_ffn(
     norm: Norm | None = None,
     norm_first: bool = False,
     dropout_p: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """norm(dropout(F2(act(F1(x)))) + residual), F1 and F2 low-rank layers; gated: F2(act(gate(x)) F1(x)).
 
@@ -75,6 +68,7 @@ def lowrank_ffn(
         norm_first: normalise x, not the result. Default: False.
         dropout_p: chance of each entry of F2's result to become 0, in [0, 1); the others grow accordingly. For
             training; drawn from torch's generator. Default: 0.
+        seed: makes the dropout follow from it alone (not under torch.compile). Default: none.
 
     Returns:
         [..., out].
@@ -85,22 +79,19 @@ def lowrank_ffn(
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got shape []")
-    hidden = _check_layer(x, x.shape[-1], "1", down1, up1, kept1, bias1)
-    out = _check_layer(x, hidden, "2", down2, up2, kept2, bias2)
+    hidden = check_layer(x, x.shape[-1], "1", down1, up1, kept1, bias1)
+    out = check_layer(x, hidden, "2", down2, up2, kept2, bias2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     down_gate, up_gate, bias_gate = gate if gate is not None else (None, None, None)
-    if gate is not None and _check_layer(x, x.shape[-1], "_gate", down_gate, up_gate, None, bias_gate) != hidden:
+    if gate is not None and check_layer(x, x.shape[-1], "_gate", down_gate, up_gate, None, bias_gate) != hidden:
         raise ValueError(f"up_gate: expected {hidden} columns (those of up1), got {up_gate.shape[1]}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
-    if residual is not None:
-        check_floating("residual", residual)
-        check_shape("residual", residual, *x.shape[:-1], out, because="the rows of x, the columns of up2")
-        check_device("residual", residual, x)
-    kind, weight, bias, eps = _check_norm(norm, x.shape[-1] if norm_first else out, x)
+    check_dropout("dropout_p", dropout_p)
+    check_seed(seed)
+    check_residual(residual, x, out, "the columns of up2")
+    kind, weight, bias, eps = check_norm(norm, x.shape[-1] if norm_first else out, x)
     if kind != "none" and norm_first:
-        x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps) if kind == "layer" else _rms_norm(x, weight, eps)
+        x = normalise(x, kind, weight, bias, eps)
         kind, weight, bias = "none", None, None
     apart = dropout_p > 0
     y = torch.ops.lpaf_kernels.lowrank_ffn(
@@ -110,12 +101,9 @@ def lowrank_ffn(
     )  # fmt: skip
     if not apart:
         return y
-    y = F.dropout(y, dropout_p)
-    if residual is not None:
-        y = y + residual
-    if kind == "layer":
-        return F.layer_norm(y, (out,), weight, bias, eps)
-    return _rms_norm(y, weight, eps) if kind == "rms" else y
+    with seeded(seed, x):
+        y = F.dropout(y, dropout_p)
+    return normalise(y if residual is None else y + residual, kind, weight, bias, eps)
 
 
 def lowrank_ffn_reference(
@@ -149,63 +137,7 @@ def lowrank_ffn_reference(
     y = layer(h, down2, up2, kept2, bias2)
     if residual is not None:
         y = y + residual
-    if norm is None:
-        return y
-    centred = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
-    return y if norm.bias is None else y + norm.bias
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def _check_layer(
-    x: Tensor, inputs: int, suffix: str, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None
-) -> int:
-    """Raise unless the layer fits ``inputs``; returns its outputs."""
-    for name, tensor in ((f"down{suffix}", down), (f"up{suffix}", up)):
-        check_floating(name, tensor)
-        check_device(name, tensor, x)
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: expected two dimensions, got shape {list(tensor.shape)}")
-    columns = 0
-    if kept is not None:
-        check_kept_type(kept)
-        check_device(f"kept{suffix}", kept, x)
-        columns = kept.shape[0]
-    check_shape(
-        f"down{suffix}", down, up.shape[0] + columns, inputs,
-        because=f"the rows of up{suffix} and the length of kept{suffix}, the inputs",
-    )  # fmt: skip
-    if bias is not None:
-        check_floating(f"bias{suffix}", bias)
-        check_shape(f"bias{suffix}", bias, up.shape[1], because=f"the columns of up{suffix}")
-        check_device(f"bias{suffix}", bias, x)
-    dtypes = {tensor.dtype for tensor in (down, up, bias) if tensor is not None}
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if not autocast and dtypes != {x.dtype}:
-        names = f"down{suffix}, up{suffix}, bias{suffix}"
-        raise TypeError(f"{names}: expected dtype {x.dtype} (that of x), got {', '.join(sorted(map(str, dtypes)))}")
-    return up.shape[1]
-
-
-def _check_norm(norm: Norm | None, size: int, x: Tensor) -> tuple[str, Tensor | None, Tensor | None, float]:
-    if norm is None:
-        return "none", None, None, 0.0
-    kind, weight, bias, eps = norm
-    if kind not in NORMS:
-        raise ValueError(f"norm.kind: expected layer or rms, got {kind!r}")
-    if kind == "rms" and bias is not None:
-        raise ValueError("norm.bias: expected None for rms")
-    for name, tensor in (("norm.weight", weight), ("norm.bias", bias)):
-        if tensor is not None or name == "norm.weight":
-            check_floating(name, tensor)
-            check_shape(name, tensor, size, because="the normalised columns")
-            check_device(name, tensor, x)
-    if not eps >= 0:
-        raise ValueError(f"norm.eps: expected at least 0, got {eps!r}")
-    return kind, weight, bias, float(eps)
+    return reference_norm(y, norm)
 
 
 def _lowrank_ffn(
@@ -221,9 +153,7 @@ def _lowrank_ffn(
     y = forward(h, down2, up2, kept2, bias2, "none", False)[0]
     if residual is not None:
         y += residual
-    if norm == "layer":
-        return F.layer_norm(y, (y.shape[-1],), norm_weight, norm_bias, eps)
-    return _rms_norm(y, norm_weight, eps) if norm == "rms" else y
+    return normalise(y, norm, norm_weight, norm_bias, eps)
 
 
 def _lowrank_ffn_cpu(*arguments):

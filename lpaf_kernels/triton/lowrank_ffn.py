@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.lowrank_ffn import Norm
+from ..ops._blocks import Norm
 from .activations import activate, derivative
 from .launch import Launch, multiprocessors, pitch, split_width, start
 from .lowrank_sparse_linear import (

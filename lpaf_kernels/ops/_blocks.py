@@ -1,0 +1,127 @@
+"""What the operators on whole blocks share: normalisation, dropout and the checks of a layer's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_device, check_floating, check_shape
+from .lowrank_sparse_linear import check_kept_type
+
+NORMS = ("layer", "rms")
+
+
+class Norm(NamedTuple):
+    """The normalisation of a block's rows.
+
+    Args:
+        kind: "layer" (LayerNorm) or "rms" (RMSNorm).
+        weight: [out].
+        bias: [out], for "layer" only. Default: none.
+        eps: added to the variance, or to the mean square. Default: 1e-5.
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+def normalise(y: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm ("layer"), RMSNorm ("rms") or ``y`` itself ("none") over the last dimension."""
+    if kind == "layer":
+        return F.layer_norm(y, (y.shape[-1],), weight, bias, eps)
+    return F.rms_norm(y, (y.shape[-1],), weight, eps) if kind == "rms" else y
+
+
+def reference_norm(y: Tensor, norm: Norm | None) -> Tensor:
+    """The same, written out."""
+    if norm is None:
+        return y
+    centred = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return y if norm.bias is None else y + norm.bias
+
+
+@contextmanager
+def seeded(seed: int | None, x: Tensor) -> Iterator[None]:
+    """Random numbers inside the block follow from ``seed``, and those after it from what was before; None: as ever."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_dropout(name: str, p: float) -> None:
+    """Raise unless ``p`` is a number in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {p!r}")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise unless ``seed`` is a whole number or None."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: expected an integer or None, got {seed!r}")
+
+
+def check_residual(residual: Tensor | None, x: Tensor, out: int, because: str) -> None:
+    """Raise unless ``residual`` has the rows of ``x`` and ``out`` columns."""
+    if residual is not None:
+        check_floating("residual", residual)
+        check_shape("residual", residual, *x.shape[:-1], out, because=f"the rows of x, {because}")
+        check_device("residual", residual, x)
+
+
+def check_layer(
+    x: Tensor, inputs: int, suffix: str, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None
+) -> int:
+    """Raise unless the layer fits ``inputs``; returns its outputs."""
+    for name, tensor in ((f"down{suffix}", down), (f"up{suffix}", up)):
+        check_floating(name, tensor)
+        check_device(name, tensor, x)
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected two dimensions, got shape {list(tensor.shape)}")
+    columns = 0
+    if kept is not None:
+        check_kept_type(kept)
+        check_device(f"kept{suffix}", kept, x)
+        columns = kept.shape[0]
+    check_shape(
+        f"down{suffix}", down, up.shape[0] + columns, inputs,
+        because=f"the rows of up{suffix} and the length of kept{suffix}, the inputs",
+    )  # fmt: skip
+    if bias is not None:
+        check_floating(f"bias{suffix}", bias)
+        check_shape(f"bias{suffix}", bias, up.shape[1], because=f"the columns of up{suffix}")
+        check_device(f"bias{suffix}", bias, x)
+    dtypes = {tensor.dtype for tensor in (down, up, bias) if tensor is not None}
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if not autocast and dtypes != {x.dtype}:
+        names = f"down{suffix}, up{suffix}, bias{suffix}"
+        raise TypeError(f"{names}: expected dtype {x.dtype} (that of x), got {', '.join(sorted(map(str, dtypes)))}")
+    return up.shape[1]
+
+
+def check_norm(norm: Norm | None, size: int, x: Tensor) -> tuple[str, Tensor | None, Tensor | None, float]:
+    if norm is None:
+        return "none", None, None, 0.0
+    kind, weight, bias, eps = norm
+    if kind not in NORMS:
+        raise ValueError(f"norm.kind: expected layer or rms, got {kind!r}")
+    if kind == "rms" and bias is not None:
+        raise ValueError("norm.bias: expected None for rms")
+    for name, tensor in (("norm.weight", weight), ("norm.bias", bias)):
+        if tensor is not None or name == "norm.weight":
+            check_floating(name, tensor)
+            check_shape(name, tensor, size, because="the normalised columns")
+            check_device(name, tensor, x)
+    if not eps >= 0:
+        raise ValueError(f"norm.eps: expected at least 0, got {eps!r}")
+    return kind, weight, bias, float(eps)
