@@ -11,8 +11,10 @@ from .nn.lowrank_sparse_linear import LowRankSparseLinear
 from .nn.masked_linear import MaskedLinear
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
 from .nn.swap import swap_linears
+from .ops._blocks import Norm
 from .ops.keep_threshold import KeepThreshold, keep_threshold
-from .ops.lowrank_ffn import Norm, lowrank_ffn
+from .ops.lowrank_attention import lowrank_attention
+from .ops.lowrank_ffn import lowrank_ffn
 from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
 from .ops.masked_linear import masked_linear
 from .ops.weighted_svd import weighted_svd
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "fold_kept",
     "keep_threshold",
+    "lowrank_attention",
     "lowrank_ffn",
     "lowrank_sparse_linear",
     "masked_linear",

@@ -23,6 +23,13 @@ _FFN = (
     " Tensor? kept2, Tensor? bias2, Tensor? down_gate, Tensor? up_gate, Tensor? bias_gate, Tensor? residual,"
     " Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, float eps"
 )
+# Those of a self-attention block.
+_ATTENTION = (
+    "Tensor x, Tensor down_qkv, Tensor up_q, Tensor? kept_q, Tensor up_k, Tensor? kept_k, Tensor up_v,"
+    " Tensor? kept_v, Tensor? bias_qkv, Tensor down_o, Tensor up_o, Tensor? kept_o, Tensor? bias_o,"
+    " Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor? attn_mask, Tensor? cu_seqlens, Tensor? cos,"
+    " Tensor? sin, int num_heads, int num_kv_heads, bool is_causal, float scale, str norm, float eps"
+)
 SCHEMAS = (
     "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights) -> (Tensor value, Tensor tie_index)",
     "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias) -> Tensor",
@@ -41,6 +48,8 @@ SCHEMAS = (
     "lowrank_sparse_linear_gradients(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"
     " bool needs_x, bool needs_down, bool needs_up, bool needs_bias)"
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
+    f"lowrank_attention({_ATTENTION}) -> Tensor",
+    f"lowrank_attention_forward({_ATTENTION}) -> Tensor",
     f"lowrank_ffn({_FFN}) -> Tensor",
     f"lowrank_ffn_forward({_FFN}) -> Tensor",
     f"lowrank_ffn_backward(Tensor grad, {_FFN}, bool[13] needs) -> (Tensor d_x, Tensor d_down1, Tensor d_up1,"

@@ -98,7 +98,7 @@ def packed_lowrank_sparse_linear(
     if (
         _HAS_NATIVE
         and not torch.is_grad_enabled()
-        and _is_eager(x, down, up, kept, bias)
+        and is_eager(x, down, up, kept, bias)
         and x.is_cpu
         and x.dtype in _NATIVE_DTYPES
         and (activation is None or activation in ACTIVATIONS)
@@ -153,7 +153,7 @@ def packed_lowrank_sparse_linear(
     training = torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if _is_eager(x, down, up, bias):
+    if is_eager(x, down, up, bias):
         if autocast:
             arguments = _cast(torch.get_autocast_dtype(device.type), x, down, up, kept, bias, activation, training)
             x, down, up, kept, bias, _, _ = arguments
@@ -186,7 +186,7 @@ def lowrank_sparse_linear_reference(
     return {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh}[activation](y)
 
 
-def _is_eager(*tensors: Tensor | None) -> bool:
+def is_eager(*tensors: Tensor | None) -> bool:
     """Whether plain tensors of one device are computed now, and nothing traces, counts or transforms the operators."""
     x = tensors[0]
     return (
@@ -404,7 +404,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        direct = _is_eager(grad)
+        direct = is_eager(grad)
         backward = kernels(grad)[1] if direct else torch.ops.lpaf_kernels.lowrank_sparse_linear_backward
         return _differentiate(ctx, grad, backward)
 
