@@ -341,15 +341,14 @@ std::vector<Sequence> sequences_of(const char* op, const Tensor& x, const std::o
     return sequences;
 }
 
-Tensor lowrank_attention_forward(Tensor x, Tensor down_qkv, Tensor up_q, std::optional<Tensor> kept_q,
-                                 Tensor up_k, std::optional<Tensor> kept_k, Tensor up_v,
-                                 std::optional<Tensor> kept_v, std::optional<Tensor> bias_qkv, Tensor down_o,
-                                 Tensor up_o, std::optional<Tensor> kept_o, std::optional<Tensor> bias_o,
-                                 std::optional<Tensor> residual, std::optional<Tensor> norm_weight,
-                                 std::optional<Tensor> norm_bias, std::optional<Tensor> attn_mask,
-                                 std::optional<Tensor> cu_seqlens, std::optional<Tensor> cos,
-                                 std::optional<Tensor> sin, int64_t num_heads, int64_t num_kv_heads,
-                                 bool is_causal, double scale, std::string norm, double epsilon) {
+Tensor lowrank_attention_forward(
+    Tensor x, Tensor down_qkv, Tensor up_q, std::optional<Tensor> kept_q, Tensor up_k,
+    std::optional<Tensor> kept_k, Tensor up_v, std::optional<Tensor> kept_v, std::optional<Tensor> bias_qkv,
+    Tensor down_o, Tensor up_o, std::optional<Tensor> kept_o, std::optional<Tensor> bias_o,
+    std::optional<Tensor> residual, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+    std::optional<Tensor> attn_mask, std::optional<Tensor> cu_seqlens, std::optional<Tensor> cos,
+    std::optional<Tensor> sin, std::optional<int64_t> /* the longest is looked up */, int64_t num_heads,
+    int64_t num_kv_heads, bool is_causal, double scale, std::string norm, double epsilon) {
     constexpr const char* op = "lowrank_attention_forward";
     check_dtype(op, "x", x, ScalarType::Float);
     x = as_contiguous(x);

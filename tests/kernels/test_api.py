@@ -26,6 +26,7 @@ PUBLIC = [
     "explain",
     "fold_kept",
     "keep_threshold",
+    "lowrank_attention",
     "lowrank_ffn",
     "lowrank_sparse_linear",
     "masked_linear",
