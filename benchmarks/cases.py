@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,9 +41,16 @@ LINEAR_ROWS = (1, 16, 128, 512, 4096, 16384, 65536)
 LINEAR_RANKS = (16, 20, 32, 41, 80, 130, 260, 1024)
 KEPT_PERCENT = (0, 5, 10, 20)
 
-FFN_SHAPE = (768, 3072)
-FFN_RANKS = (80, 96, 192, 384)
+BERT_BASE = {"hidden": 768, "intermediate": 3072, "heads": 12, "layers": 12}
+MINILM = {"hidden": 384, "intermediate": 1536, "heads": 12, "layers": 12}
+FFN_RANKS = (80, 96, 130, 192, 260, 384, 768)
+MINILM_RANKS = (40, 65, 96)
 FFN_BATCHES = ((1, 128), (16, 128), (32, 384), (2, 4096), (16, 4096))
+ATTENTION_RANKS = (16, 32, 48, 64, 80, 130, 260)
+ATTENTION_BATCHES = ((1, 128), (32, 128), (64, 128), (32, 384), (16, 1024))
+ENCODER_RANKS = (80, 130, 260)
+ENCODER_BATCHES = ((1, 128), (32, 128), (128, 128), (32, 384))
+CPU_BATCHES = ((8, 128), (1, 128))
 
 
 def _check(name: str, value: int, low: int, high: int | None = None) -> None:
@@ -132,13 +139,13 @@ class LinearCase:
         )
 
 
-@dataclass(frozen=True)
-class FfnCase:
-    """y = (gelu((x u1) v1 + b1) u2) v2 + b2 on ``batch`` sequences of ``length`` tokens, forward only.
+@dataclass(frozen=True, kw_only=True)
+class BlockCase:
+    """What the cases on whole blocks share: ``batch`` sequences of ``length`` tokens, forward only.
 
     Args:
-        hidden, intermediate: sizes of the block.
-        rank: of both weights, below ``hidden``.
+        hidden: size of the block's input and output.
+        rank: of every weight, at most ``hidden``.
         batch, length: their product is M.
         dtype: "float32", "float16" or "bfloat16".
 
@@ -147,64 +154,183 @@ class FfnCase:
     """
 
     hidden: int
-    intermediate: int
     rank: int
     batch: int
     length: int
     dtype: str = "float32"
     direction: Direction = "forward"
 
-    op = "ffn"
+    op = "block"
     kept = 0
 
     def __post_init__(self) -> None:
         _check("hidden", self.hidden, 1)
-        _check("intermediate", self.intermediate, 1)
-        _check("rank", self.rank, 1, min(self.hidden, self.intermediate) - 1)
+        _check("rank", self.rank, 1, self.hidden)
         _check("batch", self.batch, 1)
         _check("length", self.length, 1)
         _check_kind(self.dtype, self.direction)
         if self.direction != "forward":
-            raise ValueError(f"direction: expected forward for the feed-forward block, got {self.direction!r}")
+            raise ValueError(f"direction: expected forward for {self.op}, got {self.direction!r}")
 
     @property
     def rows(self) -> int:
         return self.batch * self.length
 
     @property
+    def outputs(self) -> int:
+        """What a row records as ``out``."""
+        return self.hidden
+
+    @property
     def shape(self) -> dict[str, int]:
         """The numbers that a row records."""
-        return {
-            "in": self.hidden,
-            "out": self.intermediate,
-            "rank": self.rank,
-            "kept": 0,
-            "rows": self.rows,
-            "batch": self.batch,
-            "length": self.length,
-        }
+        numbers = {"in": self.hidden, "out": self.outputs, "rank": self.rank, "kept": 0, "rows": self.rows}
+        return numbers | {"batch": self.batch, "length": self.length}
 
     def __str__(self) -> str:
         return case_name(self.op, self.shape, self.dtype, self.direction)
 
+    def weights(self, form: Form) -> int:
+        """Entries of the weights: what every token is multiplied with."""
+        raise NotImplementedError
+
+    def vectors(self) -> int:
+        """Entries of the biases and of the norm."""
+        raise NotImplementedError
+
     def parameters(self, form: Form = "factors") -> int:
-        """Entries of both weights and both biases."""
-        biases = self.hidden + self.intermediate
-        if form == "dense":
-            return 2 * self.hidden * self.intermediate + biases
-        return 2 * self.rank * (self.hidden + self.intermediate) + biases
+        """Entries of all of them."""
+        return self.weights(form) + self.vectors()
 
     def flops(self, form: Form = "factors") -> int:
         """Operations of the matrix products."""
-        return 2 * self.rows * (self.parameters(form) - self.hidden - self.intermediate)
+        return 2 * self.rows * self.weights(form)
 
     def bytes(self, form: Form = "factors") -> int:
-        """Compulsory bytes: x and y once, the parameters once; the hidden activation not at all."""
+        """Compulsory bytes: x and y once, the parameters once; nothing between them."""
         wide = self.rows * self.hidden
         return _linear_bytes(wide, wide, self.parameters(form), 0, DTYPE_BYTES[self.dtype], self.direction)
 
 
-Case = LinearCase | FfnCase
+def _weight(inputs: int, outputs: int, rank: int, form: Form) -> int:
+    return inputs * outputs if form == "dense" else rank * (inputs + outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnCase(BlockCase):
+    """y = (gelu((x u1) v1 + b1) u2) v2 + b2.
+
+    Args:
+        intermediate: size between the two layers.
+    """
+
+    intermediate: int
+
+    op = "ffn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("intermediate", self.intermediate, 1)
+
+    @property
+    def outputs(self) -> int:
+        return self.intermediate
+
+    def weights(self, form: Form) -> int:
+        return 2 * _weight(self.hidden, self.intermediate, self.rank, form)
+
+    def vectors(self) -> int:
+        return self.hidden + self.intermediate
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCase(BlockCase):
+    """y = LayerNorm(x + O(attention(Q(x), K(x), V(x)))).
+
+    Args:
+        heads: a divisor of ``hidden``.
+    """
+
+    heads: int
+
+    op = "attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads < 1 or self.hidden % self.heads:
+            raise ValueError(f"heads: expected a divisor of {self.hidden}, got {self.heads}")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return super().shape | {"heads": self.heads}
+
+    def weights(self, form: Form) -> int:
+        return 4 * _weight(self.hidden, self.hidden, self.rank, form)
+
+    def vectors(self) -> int:
+        return 4 * self.hidden + 2 * self.hidden
+
+    def flops(self, form: Form = "factors") -> int:
+        """Those of the weights, the scores and the probabilities' product with V."""
+        return super().flops(form) + 2 * 2 * self.rows * self.length * self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCase(BlockCase):
+    """``layers`` encoder layers with weights of their own, each an attention block and a feed-forward block that both
+    end in LayerNorm(x + ...); no embedding, no padding.
+
+    Args:
+        intermediate, heads: as in FfnCase and AttentionCase.
+        layers: how many.
+    """
+
+    intermediate: int
+    heads: int
+    layers: int
+
+    op = "encoder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("layers", self.layers, 1)
+        # Their sizes are checked where they are made.
+        _ = self.attention, self.ffn
+
+    @property
+    def attention(self) -> AttentionCase:
+        """One layer's attention block."""
+        return AttentionCase(heads=self.heads, **self._shared)
+
+    @property
+    def ffn(self) -> FfnCase:
+        """One layer's feed-forward block."""
+        return FfnCase(intermediate=self.intermediate, **self._shared)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(BlockCase)]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def outputs(self) -> int:
+        return self.intermediate
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return super().shape | {"heads": self.heads, "layers": self.layers}
+
+    def weights(self, form: Form) -> int:
+        return self.layers * (self.attention.weights(form) + self.ffn.weights(form))
+
+    def vectors(self) -> int:
+        return self.layers * (self.attention.vectors() + self.ffn.vectors() + 2 * self.hidden)
+
+    def flops(self, form: Form = "factors") -> int:
+        return self.layers * (self.attention.flops(form) + self.ffn.flops(form))
+
+
+Case = LinearCase | FfnCase | AttentionCase | EncoderCase
 
 
 def _linear_bytes(x: int, y: int, parameters: int, kept: int, size: int, direction: Direction) -> int:
@@ -221,6 +347,10 @@ def case_name(op: str, shape: dict[str, int], dtype: str, direction: str) -> str
     if op == "linear":
         words += [f"k{shape['kept']}", f"m{shape['rows']}"]
     else:
+        if shape.get("heads"):
+            words.insert(1, f"h{shape['heads']}")
+        if shape.get("layers"):
+            words.insert(1, f"l{shape['layers']}")
         words = [op, *words, f"b{shape['batch']}x{shape['length']}"]
     return "-".join([*words, dtype, *(["train"] if direction == "forward+backward" else [])])
 
@@ -294,15 +424,59 @@ def cpu_training_cases(dtype: str) -> list[LinearCase]:
     return [_linear(*cell, dtype, "forward+backward") for cell in CPU_TRAINING_CELLS]
 
 
-def ffn_cases(dtype: str) -> list[FfnCase]:
-    """The feed-forward block of BERT-base as two low-rank linears; FlashSVD's kernel is measured on these."""
-    return [FfnCase(*FFN_SHAPE, rank, *batch, dtype) for rank in FFN_RANKS for batch in FFN_BATCHES]
+Model = dict[str, int]
+
+
+def _blocks(
+    kind: type[BlockCase], models: Iterable[tuple[Model, Sequence[int]]], batches: Sequence[tuple[int, int]], dtype: str
+) -> list[Case]:
+    """The cases of ``kind`` at every rank and batch; of a model the sizes that ``kind`` has."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return [
+        kind(
+            rank=rank, batch=batch, length=length, dtype=dtype,
+            **{name: size for name, size in model.items() if name in names},
+        )
+        for model, ranks in models
+        for rank in ranks
+        for batch, length in batches
+    ]  # fmt: skip
+
+
+def ffn_cases(dtype: str) -> list[Case]:
+    """The feed-forward blocks of BERT-base and MiniLM; FlashSVD's kernel is measured on the former."""
+    return _blocks(FfnCase, [(BERT_BASE, FFN_RANKS), (MINILM, MINILM_RANKS)], FFN_BATCHES, dtype)
+
+
+def attention_cases(dtype: str) -> list[Case]:
+    """The attention block of BERT-base."""
+    return _blocks(AttentionCase, [(BERT_BASE, ATTENTION_RANKS)], ATTENTION_BATCHES, dtype)
+
+
+def encoder_cases(dtype: str) -> list[Case]:
+    """The encoders of BERT-base and MiniLM-L12."""
+    return _blocks(EncoderCase, [(BERT_BASE, ENCODER_RANKS), (MINILM, MINILM_RANKS)], ENCODER_BATCHES, dtype)
+
+
+def cpu_block_cases(dtype: str) -> list[Case]:
+    """Both blocks of BERT-base, for the CPU."""
+    models = [(BERT_BASE, ENCODER_RANKS)]
+    return [case for kind in (FfnCase, AttentionCase) for case in _blocks(kind, models, CPU_BATCHES, dtype)]
+
+
+def cpu_encoder_cases(dtype: str) -> list[Case]:
+    """The encoder of BERT-base, for the CPU."""
+    return _blocks(EncoderCase, [(BERT_BASE, ENCODER_RANKS)], CPU_BATCHES, dtype)
 
 
 CASE_SETS: dict[str, Callable[[str], Sequence[Case]]] = {
+    "attention": attention_cases,
     "core": core_cases,
     "cpu": cpu_cases,
+    "cpu-blocks": cpu_block_cases,
+    "cpu-encoder": cpu_encoder_cases,
     "cpu-training": cpu_training_cases,
+    "encoder": encoder_cases,
     "ffn": ffn_cases,
     "full": full_cases,
 }

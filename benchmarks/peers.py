@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .cases import Case
 from .errors import InputError
-from .problem import FfnProblem, LinearProblem
-from .providers import Outputs, Provider, Runner, ffn_runner, linear_runner
+from .problem import BlockProblem, LinearProblem
+from .providers import Outputs, Provider, Runner, block_runner, linear_runner
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,14 @@ def _losparse(layer_class: Any, name: str) -> Provider:
 def _flashsvd(function: Any, name: str) -> Provider:
     """function(P [B, L, r1], V1 [r1, D], U2 [D, r2], V2 [r2, H], b1, b2); P = x U1 is part of what is timed."""
 
-    def build(problem: FfnProblem) -> Runner:
-        case = problem.case
-        u2 = problem.down2.t().contiguous()
+    def build(problem: BlockProblem) -> Runner:
+        first, second = problem.layers[0].ffn
+        u2 = second.down.t().contiguous()
 
         def forward(x: Tensor) -> Tensor:
-            p = F.linear(x, problem.down1)
-            return function(p, problem.up1, u2, problem.up2, problem.bias1, problem.bias2)
+            return function(F.linear(x, first.down), first.up, u2, second.up, first.bias, second.bias)
 
-        return ffn_runner(problem, forward, lambda x: x.view(case.batch, case.length, case.hidden))
+        return block_runner(problem, forward)
 
     return Provider(name, "FlashSVD's feed-forward kernel", {"ffn": build}, devices=("cuda",))
 

@@ -8,15 +8,18 @@ the cache does not hold the next one.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import DTYPE_BYTES, Case, FfnCase, LinearCase
+from .cases import DTYPE_BYTES, AttentionCase, Case, EncoderCase, FfnCase, LinearCase
 
 MOST_SETS = 64
+LAYER_NORM_EPS = 1e-12  # BERT's
 
 
 def input_sets(case: Case, device: torch.device) -> int:
@@ -95,36 +98,108 @@ class LinearProblem(Problem):
         }
 
 
-class FfnProblem(Problem):
-    """x [M, hidden]; down1, up1, bias1 and down2, up2, bias2 as in two low-rank linears."""
+class Factors(NamedTuple):
+    """A low-rank linear: down [r, in], up [r, out], bias [out]."""
 
-    case: FfnCase
+    down: Tensor
+    up: Tensor
+    bias: Tensor
 
-    def __init__(self, case: FfnCase, device: torch.device, sets: int | None = None) -> None:
+    @property
+    def dense(self) -> Tensor:
+        """[out, in], computed in float64 and rounded once."""
+        return (self.up.double().t() @ self.down.double()).to(self.down.dtype)
+
+    def double(self) -> Factors:
+        return Factors(*(tensor.double() for tensor in self))
+
+
+class LayerNorm(NamedTuple):
+    """weight [size], bias [size]; eps is LAYER_NORM_EPS."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def double(self) -> LayerNorm:
+        return LayerNorm(*(tensor.double() for tensor in self))
+
+
+class EncoderLayer(NamedTuple):
+    """The parameters of one encoder layer, or of those blocks of it that a case has."""
+
+    attention: tuple[Factors, ...] = ()  # q, k, v, o
+    attention_norm: LayerNorm | None = None
+    ffn: tuple[Factors, ...] = ()  # first, second
+    ffn_norm: LayerNorm | None = None
+
+
+class BlockProblem(Problem):
+    """x [batch, length, hidden] and the parameters of every layer."""
+
+    case: FfnCase | AttentionCase | EncoderCase
+
+    def __init__(self, case: FfnCase | AttentionCase | EncoderCase, device: torch.device, sets: int | None = None):
         super().__init__(case, device, sets)
-        hidden, wide, rank = case.hidden, case.intermediate, case.rank
-        self.down1 = self._normal(rank, hidden, scale=hidden**-0.5)
-        self.up1 = self._normal(rank, wide, scale=rank**-0.5)
-        self.bias1 = self._normal(wide)
-        self.down2 = self._normal(rank, wide, scale=wide**-0.5)
-        self.up2 = self._normal(rank, hidden, scale=rank**-0.5)
-        self.bias2 = self._normal(hidden)
-        self.x = [self._normal(case.rows, hidden) for _ in range(self.sets)]
+        self.layers = [self._layer() for _ in range(case.layers if isinstance(case, EncoderCase) else 1)]
+        self.x = [self._normal(case.batch, case.length, case.hidden) for _ in range(self.sets)]
 
-    @cached_property
-    def dense_weights(self) -> tuple[Tensor, Tensor]:
-        """[intermediate, hidden] and [hidden, intermediate], computed in float64 and rounded once."""
-        pairs = ((self.down1, self.up1), (self.down2, self.up2))
-        first, second = ((up.double().t() @ down.double()).to(self.dtype) for down, up in pairs)
-        return first, second
+    def _factors(self, inputs: int, outputs: int) -> Factors:
+        rank = self.case.rank
+        down, up = self._normal(rank, inputs, scale=inputs**-0.5), self._normal(rank, outputs, scale=rank**-0.5)
+        return Factors(down, up, self._normal(outputs))
+
+    def _norm(self) -> LayerNorm:
+        size = self.case.hidden
+        return LayerNorm(self._normal(size, scale=0.1) + 1, self._normal(size, scale=0.1))
+
+    def _layer(self) -> EncoderLayer:
+        case, attention, ffn = self.case, (), ()
+        if not isinstance(case, FfnCase):
+            attention = tuple(self._factors(case.hidden, case.hidden) for _ in "qkvo")
+        if not isinstance(case, AttentionCase):
+            sizes = ((case.hidden, case.intermediate), (case.intermediate, case.hidden))
+            ffn = tuple(self._factors(*size) for size in sizes)
+        whole = isinstance(case, EncoderCase)
+        return EncoderLayer(attention, self._norm() if attention else None, ffn, self._norm() if whole else None)
 
     def reference(self) -> dict[str, Tensor]:
         """y in float64, of the first x."""
-        x = self.x[0].double()
-        hidden = F.gelu((x @ self.down1.double().t()) @ self.up1.double() + self.bias1.double())
-        return {"y": (hidden @ self.down2.double().t()) @ self.up2.double() + self.bias2.double()}
+        y = self.x[0].double()
+        for layer in self.layers:
+            wide = EncoderLayer(*(part and _double(part) for part in layer))
+            y = encoder_layer(y, wide, self.case, [dense_linear(f) for f in (*wide.attention, *wide.ffn)])
+        return {"y": y}
 
 
-def make_problem(case: Case, device: torch.device, sets: int | None = None) -> LinearProblem | FfnProblem:
+def _double(part):
+    return part.double() if isinstance(part, LayerNorm) else tuple(factors.double() for factors in part)
+
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def dense_linear(factors: Factors) -> Linear:
+    """The weight multiplied out."""
+    weight, bias = factors.dense, factors.bias
+    return lambda x: F.linear(x, weight, bias)
+
+
+def encoder_layer(
+    x: Tensor, layer: EncoderLayer, case: FfnCase | AttentionCase | EncoderCase, linears: Sequence[Linear]
+) -> Tensor:
+    """The blocks of one layer in plain torch; ``linears`` are those of the attention, then of the feed-forward."""
+    if layer.attention_norm is not None:
+        q, k, v, o, *linears = linears
+        heads = [linear(x).unflatten(-1, (case.heads, -1)).transpose(1, 2) for linear in (q, k, v)]
+        context = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = F.layer_norm(x + o(context), (case.hidden,), *layer.attention_norm, LAYER_NORM_EPS)
+    if layer.ffn:
+        first, second = linears
+        y = second(F.gelu(first(x)))
+        x = y if layer.ffn_norm is None else F.layer_norm(x + y, (case.hidden,), *layer.ffn_norm, LAYER_NORM_EPS)
+    return x
+
+
+def make_problem(case: Case, device: torch.device, sets: int | None = None) -> LinearProblem | BlockProblem:
     """The tensors of ``case``; ``sets`` copies of x, by default :func:`input_sets`."""
-    return (LinearProblem if isinstance(case, LinearCase) else FfnProblem)(case, device, sets)
+    return (LinearProblem if isinstance(case, LinearCase) else BlockProblem)(case, device, sets)

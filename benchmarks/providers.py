@@ -21,9 +21,18 @@ from lpaf_kernels import LowRankSparseLinear
 
 from .cases import Case, Form
 from .errors import InputError
-from .problem import FfnProblem, LinearProblem
+from .problem import (
+    LAYER_NORM_EPS,
+    BlockProblem,
+    EncoderLayer,
+    Factors,
+    Linear,
+    LinearProblem,
+    dense_linear,
+    encoder_layer,
+)
 
-Problem = LinearProblem | FfnProblem
+Problem = LinearProblem | BlockProblem
 Outputs = dict[str, Tensor]
 Enter = Callable[[], Any]
 
@@ -135,21 +144,15 @@ def linear_runner(
     return Runner(train if training else infer, outputs, entered)
 
 
-def ffn_runner(
-    problem: FfnProblem,
-    forward: Callable[[Tensor], Tensor],
-    view: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    context: Enter = nullcontext,
-) -> Runner:
-    """The runner of ``forward``: x -> y; arguments as for :func:`linear_runner`."""
-    xs = [view(x) for x in problem.x]
+def block_runner(problem: BlockProblem, forward: Callable[[Tensor], Tensor], context: Enter = nullcontext) -> Runner:
+    """The runner of ``forward``: x [batch, length, hidden] -> y; without gradients, in ``context``."""
 
     @contextmanager
     def entered() -> Iterator[None]:
         with torch.no_grad(), context():
             yield
 
-    return Runner(lambda index: forward(xs[index]), lambda y: {"y": y.reshape(-1, problem.case.hidden)}, entered)
+    return Runner(lambda index: forward(problem.x[index]), lambda y: {"y": y}, entered)
 
 
 def _leaf(problem: Problem, tensor: Tensor) -> Tensor:
@@ -159,11 +162,6 @@ def _leaf(problem: Problem, tensor: Tensor) -> Tensor:
 def _dense_linear(problem: LinearProblem) -> Runner:
     weight, bias = _leaf(problem, problem.dense_weight), _leaf(problem, problem.bias)
     return linear_runner(problem, lambda x: F.linear(x, weight, bias), {"d_weight": weight, "d_bias": bias})
-
-
-def _dense_ffn(problem: FfnProblem) -> Runner:
-    (first, second), bias1, bias2 = problem.dense_weights, problem.bias1, problem.bias2
-    return ffn_runner(problem, lambda x: F.linear(F.gelu(F.linear(x, first, bias1)), second, bias2))
 
 
 Wrap = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
@@ -195,19 +193,35 @@ def _chain_linear(problem: LinearProblem, wrap: Wrap = lambda forward: forward, 
     return linear_runner(problem, wrap(forward), leaves, collect, context=context)
 
 
-def _chain_ffn(problem: FfnProblem, wrap: Wrap = lambda forward: forward, context: Enter = nullcontext) -> Runner:
-    down1, bias1, down2, bias2 = problem.down1, problem.bias1, problem.down2, problem.bias2
-    up1, up2 = problem.up1.t().contiguous(), problem.up2.t().contiguous()
+def chain_linear(factors: Factors) -> Linear:
+    """The factors one after the other."""
+    down, up, bias = factors.down, factors.up.t().contiguous(), factors.bias
+    return lambda x: F.linear(F.linear(x, down), up, bias)
+
+
+def _module(factors: Factors) -> Linear:
+    return _layer(factors.down, factors.up, None, factors.bias, False)
+
+
+def _by_layers(
+    problem: BlockProblem,
+    make: Callable[[Factors], Linear],
+    wrap: Wrap = lambda forward: forward,
+    context: Enter = nullcontext,
+) -> Runner:
+    """The blocks in plain torch around linears that ``make`` makes."""
+    layers = [(layer, [make(factors) for factors in (*layer.attention, *layer.ffn)]) for layer in problem.layers]
 
     def forward(x: Tensor) -> Tensor:
-        hidden = F.gelu(F.linear(F.linear(x, down1), up1, bias1))
-        return F.linear(F.linear(hidden, down2), up2, bias2)
+        for layer, linears in layers:
+            x = encoder_layer(x, layer, problem.case, linears)
+        return x
 
-    return ffn_runner(problem, wrap(forward), context=context)
+    return block_runner(problem, wrap(forward), context)
 
 
 def _compiled(chain: Callable[..., Runner], b2b: bool) -> Build:
-    """The chain under torch.compile: max-autotune on CUDA, the default mode on the CPU."""
+    """A runner under torch.compile: max-autotune on CUDA, the default mode on the CPU."""
 
     def build(problem: Problem) -> Runner:
         torch._dynamo.reset()
@@ -260,9 +274,45 @@ def _ours_linear(problem: LinearProblem, force: str | None = None) -> Runner:
     return linear_runner(problem, layer, leaves, context=_forced(force))
 
 
-def _ours_ffn(problem: FfnProblem, force: str | None = None) -> Runner:
-    layers = (problem.down1, problem.up1, problem.bias1, problem.down2, problem.up2, problem.bias2)
-    return ffn_runner(problem, lambda x: lpaf_kernels.lowrank_ffn(x, *layers), context=_forced(force))
+def _fused(layer: EncoderLayer, case: Case) -> Callable[[Tensor], Tensor]:
+    """A layer's blocks as whole operators."""
+
+    def norm(parameters: Any) -> lpaf_kernels.Norm | None:
+        return None if parameters is None else lpaf_kernels.Norm("layer", *parameters, LAYER_NORM_EPS)
+
+    attention_norm, ffn_norm = norm(layer.attention_norm), norm(layer.ffn_norm)
+    blocks: list[Callable[[Tensor], Tensor]] = []
+    if layer.attention:
+        q, k, v, o = layer.attention
+        packed = (torch.cat([q.down, k.down, v.down]), q.up, k.up, v.up, torch.cat([q.bias, k.bias, v.bias]), *o)
+        blocks.append(
+            lambda x: lpaf_kernels.lowrank_attention(x, *packed, num_heads=case.heads, residual=x, norm=attention_norm)
+        )
+    if layer.ffn:
+        first, second = layer.ffn
+        blocks.append(
+            lambda x: lpaf_kernels.lowrank_ffn(
+                x, *first, *second, residual=None if ffn_norm is None else x, norm=ffn_norm
+            )
+        )
+
+    def forward(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = block(x)
+        return x
+
+    return forward
+
+
+def _ours_block(problem: BlockProblem, force: str | None = None) -> Runner:
+    layers = [_fused(layer, problem.case) for layer in problem.layers]
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return block_runner(problem, forward, _forced(force))
 
 
 def _graphed(build: Callable[..., Runner]) -> Build:
@@ -293,15 +343,26 @@ def _graphed(build: Callable[..., Runner]) -> Build:
     return captured
 
 
-def _both(linear: Build, ffn: Build, wrap: Callable[[Callable[..., Runner]], Build] = lambda build: build):
-    return {"linear": wrap(linear), "ffn": wrap(ffn)}
+BLOCKS = ("ffn", "attention", "encoder")
+
+
+def _builds(
+    linear: Build | None, block: Build, wrap: Callable[[Callable[..., Runner]], Build] = lambda build: build
+) -> dict[str, Build]:
+    """Operation -> how it is built: single linears, and all kinds of blocks alike."""
+    builds = {} if linear is None else {"linear": wrap(linear)}
+    return builds | {op: wrap(block) for op in BLOCKS}
+
+
+_dense_block = functools.partial(_by_layers, make=dense_linear)
+_chain_block = functools.partial(_by_layers, make=chain_linear)
 
 
 def _ours_forced(name: str) -> Provider:
     return Provider(
         f"ours_{name}",
         f"ours, made to use {name}",
-        _both(functools.partial(_ours_linear, force=name), functools.partial(_ours_ffn, force=name)),
+        _builds(functools.partial(_ours_linear, force=name), functools.partial(_ours_block, force=name)),
         devices=("cuda",),
         default=("cuda",),
         refuse=lambda case: (
@@ -317,44 +378,56 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "dense",
             "F.linear on the dense weight",
-            _both(_dense_linear, _dense_ffn),
+            _builds(_dense_linear, _dense_block),
             form="dense",
             default=EVERYWHERE,
         ),
         Provider(
+            "dense_compile",
+            'torch.compile of the dense blocks, mode="max-autotune" on CUDA',
+            _builds(None, _dense_block, functools.partial(_compiled, b2b=False)),
+            form="dense",
+        ),
+        Provider(
             "chain",
             "F.linear, F.linear and, where columns are kept, F.linear and index_add_, eager",
-            _both(_chain_linear, _chain_ffn),
+            _builds(_chain_linear, _chain_block),
             default=EVERYWHERE,
         ),
         Provider(
             "chain_graph",
             "the chain, replayed from a CUDA graph",
-            _both(_chain_linear, _chain_ffn, _graphed),
+            _builds(_chain_linear, _chain_block, _graphed),
             devices=("cuda",),
             default=("cuda",),
         ),
         Provider(
             "compile",
             'torch.compile of the chain, mode="max-autotune" on CUDA',
-            _both(_chain_linear, _chain_ffn, functools.partial(_compiled, b2b=False)),
+            _builds(_chain_linear, _chain_block, functools.partial(_compiled, b2b=False)),
         ),
         Provider(
             "compile_b2b",
             "the same with Inductor's b2b_gemm pass",
-            _both(_chain_linear, _chain_ffn, functools.partial(_compiled, b2b=True)),
+            _builds(_chain_linear, _chain_block, functools.partial(_compiled, b2b=True)),
             devices=("cuda",),
         ),
         Provider(
             "ours",
-            "LowRankSparseLinear (lowrank_ffn for ffn), with its own choice of implementation",
-            _both(_ours_linear, _ours_ffn),
+            "LowRankSparseLinear (lowrank_attention, lowrank_ffn for blocks), with its own choice of implementation",
+            _builds(_ours_linear, _ours_block),
             default=EVERYWHERE,
+        ),
+        Provider(
+            "ours_layers",
+            "blocks of LowRankSparseLinear layers, one by one",
+            _builds(None, functools.partial(_by_layers, make=_module)),
+            default=("cpu",),
         ),
         Provider(
             "ours_graph",
             "ours, replayed from a CUDA graph",
-            _both(_ours_linear, _ours_ffn, _graphed),
+            _builds(_ours_linear, _ours_block, _graphed),
             devices=("cuda",),
             default=("cuda",),
         ),

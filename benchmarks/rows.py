@@ -16,7 +16,7 @@ Cell = tuple[Any, ...]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = ("in", "out", "rank", "kept", "rows")
-CELL = ("op", *SHAPE, "batch", "length", "dtype", "direction")
+CELL = ("op", *SHAPE, "batch", "length", "heads", "layers", "dtype", "direction")
 MEASURED = ("median_us", "p20_us", "p80_us")
 REQUIRED = (
     *("op", *SHAPE, "dtype", "direction", "provider"),

@@ -1,4 +1,4 @@
-// Activations and normalisations of float32 rows on the CPU, vectorised. No torch.
+// What blocks do to the entries of float32 rows on the CPU, vectorised. No torch.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,9 @@ struct ElementwiseKernels {
     void (*multiply)(float factor, float* values, std::int64_t size);
     // Turns the first half of a row with the second: row cos + (-second, first) sin
     void (*rotate)(const float* cos, const float* sin, float* row, std::int64_t size);
+    // bfloat16 to float32, and back with rounding to the nearest, ties to even
+    void (*widen)(const std::uint16_t* from, float* to, std::int64_t size);
+    void (*narrow)(const float* from, std::uint16_t* to, std::int64_t size);
 };
 
 extern const ElementwiseKernels kBaselineElementwise;

@@ -227,9 +227,48 @@ void rotate(const float* cos, const float* sin, float* row, std::int64_t size) {
     }
 }
 
+inline Vector widened(HalfVector half) {
+    return (Vector)(__builtin_convertvector(half, IntVector) << 16);
+}
+
+inline HalfVector narrowed(Vector values) {
+    const IntVector bits = (IntVector)values;
+    const IntVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    // Rounding could carry a NaN to infinity: it becomes a quiet one.
+    const IntVector quiet = (bits >> 16) | 0x40;
+    const IntVector is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), HalfVector);
+}
+
+void widen(const std::uint16_t* from, float* to, std::int64_t size) {
+    std::int64_t at = 0;
+    for (; at + kLanes <= size; at += kLanes) {
+        HalfVector half;
+        __builtin_memcpy(&half, from + at, sizeof half);
+        store(to + at, widened(half));
+    }
+    if (at < size) {
+        HalfVector half = {};
+        for (std::int64_t lane = 0; lane < size - at; ++lane) half[lane] = from[at + lane];
+        store_first(to + at, widened(half), size - at);
+    }
+}
+
+void narrow(const float* from, std::uint16_t* to, std::int64_t size) {
+    std::int64_t at = 0;
+    for (; at + kLanes <= size; at += kLanes) {
+        const HalfVector half = narrowed(load(from + at));
+        __builtin_memcpy(to + at, &half, sizeof half);
+    }
+    if (at < size) {
+        const HalfVector half = narrowed(load_first(from + at, size - at));
+        for (std::int64_t lane = 0; lane < size - at; ++lane) to[at + lane] = half[lane];
+    }
+}
+
 }  // namespace
 
-const ElementwiseKernels LPAF_ELEMENTWISE = {activate,     activate_gate, normalise,
-                                             exponentials, multiply,      rotate};
+const ElementwiseKernels LPAF_ELEMENTWISE = {activate, activate_gate, normalise, exponentials,
+                                             multiply, rotate,        widen,     narrow};
 
 }  // namespace lpaf::cpu

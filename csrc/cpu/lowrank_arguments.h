@@ -107,6 +107,7 @@ struct Arguments {
         }
     }
     Arguments(const Arguments&) = delete;
+    Arguments(Arguments&&) = default;  // the tensors move along, and with them what is pointed to
 
     std::vector<int64_t> with_last(int64_t size) const {
         std::vector<int64_t> shape = lead;

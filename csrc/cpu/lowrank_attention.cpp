@@ -90,11 +90,12 @@ struct Rotary {
 struct Attention {
     LowRankSparseLayer q, k, v, o;
     std::vector<Sequence> sequences;
-    int64_t tokens, heads, kv_heads, head_dim;
+    int64_t heads, kv_heads, head_dim;
     bool causal;
     float scale;
     std::optional<Mask> mask;
     Rotary rotary;
+    const Input& x;
     const Ending& ending;
 
     int64_t group() const { return heads / kv_heads; }
@@ -111,12 +112,14 @@ struct Intermediates {
 };
 
 // z of some tokens of one sequence.
-void project_tokens(const Attention& attention, const float* x, const Sequence& sequence, int64_t begin,
-                    int64_t end, const Intermediates& to) {
+void project_tokens(const Attention& attention, const Sequence& sequence, int64_t begin, int64_t end,
+                    const Intermediates& to) {
     const LowRankSparseKernels& products = lowrank_sparse_kernels();
-    const int64_t in = attention.q.in, first = sequence.begin + begin;
+    const int64_t in = attention.q.in, size = end - begin, first = sequence.begin + begin;
+    const auto room = scratch(attention.x.room(size));
+    const float* x = attention.x.rows(first, first + size, room.get());
     const auto project = [&](const LowRankSparseLayer& layer, const Rows<float>& z) {
-        products.project(layer, {x + first * in, in}, end - begin, 0, layer.columns(), {z[first], z.stride});
+        products.project(layer, {x, in}, size, 0, layer.columns(), {z[first], z.stride});
     };
     project(attention.q, to.q);
     project(attention.v, to.v);
@@ -124,10 +127,9 @@ void project_tokens(const Attention& attention, const float* x, const Sequence& 
         project(attention.k, to.k_rows);
     } else {
         const int64_t columns = attention.k.columns();
-        const LowRankSparseLayer as_weights{in,      sequence.length, 0, x + sequence.begin * in,
-                                            nullptr, nullptr,         {}};
-        products.project(as_weights, {attention.k.down, in}, columns, begin, end,
-                         {to.k_columns + sequence.begin * columns, sequence.length});
+        const LowRankSparseLayer x_as_weights{in, size, 0, x, nullptr, nullptr, {}};
+        products.project(x_as_weights, {attention.k.down, in}, columns, 0, size,
+                         {to.k_columns + sequence.begin * columns + begin, sequence.length});
     }
 }
 
@@ -239,16 +241,17 @@ void attend_group(const Attention& attention, int64_t index, int64_t kv_head, in
 }
 
 // y of the tokens [begin, end) from their context.
-void close_tokens(const Attention& attention, int64_t begin, int64_t end, Rows<const float> context,
-                  float* y) {
+void close_tokens(const Attention& attention, int64_t begin, int64_t end, Rows<const float> context) {
     const LowRankSparseKernels& products = lowrank_sparse_kernels();
     const LowRankSparseLayer& o = attention.o;
-    const int64_t pitch = padded(o.columns());
-    const auto own = scratch(kSumDepth * kSumWidth + (end - begin) * pitch);
-    const Rows<float> z = {own.get() + kSumDepth * kSumWidth, pitch};
-    products.project(o, {context[begin], context.stride}, end - begin, 0, o.columns(), z);
-    products.expand(o, {z.data, pitch}, end - begin, 0, o.out, {y + begin * o.out, o.out}, own.get());
-    for (int64_t row = begin; row < end; ++row) attention.ending.finish(row, y + row * o.out, o.out);
+    const int64_t size = end - begin;
+    const auto own =
+        scratch(kSumDepth * kSumWidth + size * padded(o.columns()) + attention.ending.room(size));
+    const Rows<float> z = {own.get() + kSumDepth * kSumWidth, padded(o.columns())};
+    products.project(o, {context[begin], context.stride}, size, 0, o.columns(), z);
+    products.expand(o, {z.data, z.stride}, size, 0, o.out, {attention.ending.rows(begin, z[size]), o.out},
+                    own.get());
+    attention.ending.finish(begin, end, z[size]);
 }
 
 // task(sequence, first, last) for parts of all sequences, each of about `rows` tokens.
@@ -267,12 +270,14 @@ void share_out_tokens(const std::vector<Sequence>& sequences, int64_t rows, int6
     });
 }
 
-void forward(const Attention& attention, const float* x, float* y) {
-    const auto& [q, k, v, o, sequences, tokens, heads, kv_heads, head_dim, causal, scale, mask, rotary,
-                 ending] = attention;
+void forward(const Attention& attention) {
+    const LowRankSparseLayer &q = attention.q, &k = attention.k, &v = attention.v, &o = attention.o;
+    const std::vector<Sequence>& sequences = attention.sequences;
+    const int64_t tokens = attention.x.count(), heads = attention.heads, kv_heads = attention.kv_heads;
+    const int64_t head_dim = attention.head_dim;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t q_pitch = padded(q.columns()), v_pitch = padded(v.columns());
-    const int64_t k_pitch = rotary ? padded(k.columns()) : k.columns();
+    const int64_t k_pitch = attention.rotary ? padded(k.columns()) : k.columns();
     const auto z = scratch(tokens * (q_pitch + k_pitch + v_pitch + heads * head_dim));
     Intermediates to;
     to.q = {z.get(), q_pitch};
@@ -283,7 +288,7 @@ void forward(const Attention& attention, const float* x, float* y) {
     const int64_t rows = std::min(kBlockRows, ceil_div(tokens, threads));
     share_out_tokens(sequences, rows, q.in * (q.columns() + k.columns() + v.columns()),
                      [&](const Sequence& sequence, int64_t begin, int64_t end) {
-                         project_tokens(attention, x, sequence, begin, end, to);
+                         project_tokens(attention, sequence, begin, end, to);
                      });
     int64_t longest = 0;
     for (const Sequence& sequence : sequences) longest = std::max(longest, sequence.length);
@@ -304,7 +309,7 @@ void forward(const Attention& attention, const float* x, float* y) {
               [&](int64_t begin, int64_t end) {
                   for (int64_t i = begin; i < end; ++i) {
                       close_tokens(attention, tokens * i / blocks, tokens * (i + 1) / blocks,
-                                   {to.context.data, to.context.stride}, y);
+                                   {to.context.data, to.context.stride});
                   }
               });
 }
@@ -341,6 +346,55 @@ std::vector<Sequence> sequences_of(const char* op, const Tensor& x, const std::o
     return sequences;
 }
 
+// Parts of the packed matrix and bias of Q, K and V, one layer's after the other's.
+class Packed {
+  public:
+    Packed(const char* op, const Tensor& down, const std::optional<Tensor>& bias)
+        : op_(op), down_(as_contiguous(down)), bias_(bias) {
+        check_matrix(op, "down_qkv", down_);
+        if (bias_) bias_ = as_contiguous(*bias_);
+    }
+
+    Arguments next(ScalarType dtype, const Tensor& up, const std::optional<Tensor>& kept) {
+        check_matrix(op_, "up_q, up_k, up_v", up);
+        const int64_t in = down_.size(1), size = up.size(0) + (kept ? kept->numel() : 0), out = up.size(1);
+        if (row_ + size > down_.size(0) || (bias_ && column_ + out > bias_->numel())) {
+            invalid(op_, ": down_qkv, bias_qkv: expected at least ", row_ + size, " rows and ", column_ + out,
+                    " entries");
+        }
+        const Tensor down = view(down_, {size, in}, {in, 1}, row_ * in);
+        std::optional<Tensor> bias;
+        if (bias_) bias = view(*bias_, {out}, {1}, column_);
+        row_ += size;
+        column_ += out;
+        return widened_layer(op_, dtype, in, down, up, kept, bias);
+    }
+
+    void check_used_up() const {
+        if (row_ != down_.size(0) || (bias_ && column_ != bias_->numel())) {
+            invalid(op_, ": down_qkv, bias_qkv: expected ", row_, " rows and ", column_, " entries");
+        }
+    }
+
+  private:
+    const char* op_;
+    Tensor down_;
+    std::optional<Tensor> bias_;
+    int64_t row_ = 0, column_ = 0;
+};
+
+// [length, head_dim] for all sequences, or the same of every token; contiguous.
+Tensor angles(const char* op, const char* name, const Tensor& table, int64_t length, int64_t tokens,
+              int64_t head_dim) {
+    check_dtype(op, name, table, ScalarType::Float);
+    const int64_t entries = table.numel();
+    if (table.dim() < 2 || table.size(-1) != head_dim ||
+        (entries != length * head_dim && entries != tokens * head_dim)) {
+        invalid(op, ": ", name, " has shape ", shape_of(table), ", expected [", length, ", ", head_dim, "]");
+    }
+    return as_contiguous(table);
+}
+
 Tensor lowrank_attention_forward(
     Tensor x, Tensor down_qkv, Tensor up_q, std::optional<Tensor> kept_q, Tensor up_k,
     std::optional<Tensor> kept_k, Tensor up_v, std::optional<Tensor> kept_v, std::optional<Tensor> bias_qkv,
@@ -350,45 +404,30 @@ Tensor lowrank_attention_forward(
     std::optional<Tensor> sin, std::optional<int64_t> /* the longest is looked up */, int64_t num_heads,
     int64_t num_kv_heads, bool is_causal, double scale, std::string norm, double epsilon) {
     constexpr const char* op = "lowrank_attention_forward";
-    check_dtype(op, "x", x, ScalarType::Float);
-    x = as_contiguous(x);
-    check_matrix(op, "down_qkv", down_qkv);
-    down_qkv = as_contiguous(down_qkv);
-    if (bias_qkv)
-        bias_qkv = optional_row(op, "bias_qkv", bias_qkv, up_q.size(-1) + up_k.size(-1) + up_v.size(-1));
-    int64_t row = 0, column = 0;  // of down_qkv and of bias_qkv
-    const auto layer = [&](const Tensor& up, const std::optional<Tensor>& kept) {
-        const int64_t in = down_qkv.size(1), size = up.size(0) + (kept ? kept->size(0) : 0),
-                      out = up.size(-1);
-        if (row + size > down_qkv.size(0)) {
-            invalid(op, ": down_qkv has shape ", shape_of(down_qkv), ", expected more than ", row, " + ",
-                    size, " rows");
-        }
-        const Tensor down = view(down_qkv, {size, in}, {in, 1}, row * in);
-        std::optional<Tensor> bias;
-        if (bias_qkv) bias = view(*bias_qkv, {out}, {1}, column);
-        row += size;
-        column += out;
-        return Arguments(op, x, down, up, kept, bias);
-    };
-    const Arguments q = layer(up_q, kept_q), k = layer(up_k, kept_k), v = layer(up_v, kept_v);
-    if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0 || q.layer.out % num_heads != 0) {
-        invalid(op, ": num_heads is ", num_heads, ", num_kv_heads ", num_kv_heads, ", up_q has ", q.layer.out,
-                " columns");
+    check_block_dtype(op, x);
+    const ScalarType dtype = x.scalar_type();
+    Packed packed(op, down_qkv, bias_qkv);
+    const Arguments q = packed.next(dtype, up_q, kept_q);
+    const Arguments k = packed.next(dtype, up_k, kept_k);
+    const Arguments v = packed.next(dtype, up_v, kept_v);
+    packed.check_used_up();
+    if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0) {
+        invalid(op, ": num_heads is ", num_heads, ", num_kv_heads ", num_kv_heads);
     }
     const int64_t head_dim = q.layer.out / num_heads;
-    if (row != down_qkv.size(0) || k.layer.out != num_kv_heads * head_dim || v.layer.out != k.layer.out) {
-        invalid(op, ": down_qkv has ", down_qkv.size(0), " rows, up_k ", k.layer.out, " and up_v ",
-                v.layer.out, " columns, expected ", row, " and twice ", num_kv_heads * head_dim);
+    if (x.size(-1) != q.layer.in || q.layer.out != num_heads * head_dim ||
+        k.layer.out != num_kv_heads * head_dim || v.layer.out != k.layer.out) {
+        invalid(op, ": x has shape ", shape_of(x), ", Q, K and V have ", q.layer.in, " inputs and ",
+                q.layer.out, ", ", k.layer.out, " and ", v.layer.out, " outputs for ", num_heads, " and ",
+                num_kv_heads, " heads");
     }
-    const Tensor row_of_context = matrix(up_q, 0, q.layer.out, q.layer.out);
-    const Arguments o(op, row_of_context, down_o, up_o, kept_o, bias_o);
-    const Tensor y = empty(q.with_last(o.layer.out), dtype_of(q.x));
+    const Arguments o = widened_layer(op, dtype, q.layer.out, down_o, up_o, kept_o, bias_o);
+    const Tensor y = empty(with_last(x, o.layer.out), dtype_of(x));
+    const Input input(x);
     const Ending ending(op, y, residual, norm_weight, norm_bias, norm, epsilon);
-    Attention attention{
-        q.layer,   k.layer,      v.layer,  o.layer,   sequences_of(op, x, cu_seqlens), q.rows,
-        num_heads, num_kv_heads, head_dim, is_causal, static_cast<float>(scale),       std::nullopt,
-        {},        ending};
+    Attention attention{q.layer,   k.layer,      v.layer,  o.layer,   sequences_of(op, x, cu_seqlens),
+                        num_heads, num_kv_heads, head_dim, is_causal, static_cast<float>(scale),
+                        {},        {},           input,    ending};
     if (attn_mask) {
         if (cu_seqlens) invalid(op, ": attn_mask is given together with cu_seqlens");
         attention.mask.emplace(op, *attn_mask,
@@ -396,22 +435,13 @@ Tensor lowrank_attention_forward(
     }
     if (cos.has_value() != sin.has_value()) invalid(op, ": cos and sin go together");
     if (cos) {
-        const int64_t length = cu_seqlens ? q.rows : x.size(1);
-        for (std::optional<Tensor>* table : {&cos, &sin}) {
-            check_dtype(op, "cos, sin", **table, ScalarType::Float);
-            *table = as_contiguous(**table);
-            const int64_t entries = (*table)->numel();
-            if ((*table)->size(-1) != head_dim ||
-                (entries != length * head_dim && entries != q.rows * head_dim) || entries != cos->numel()) {
-                invalid(op, ": cos, sin: shape ", shape_of(**table), ", expected [", length, ", ", head_dim,
-                        "]");
-            }
-        }
+        const int64_t length = x.size(-2), tokens = input.count();
+        cos = angles(op, "cos", *cos, length, tokens, head_dim);
+        sin = angles(op, "sin", *sin, length, tokens, head_dim);
+        if (cos->numel() != sin->numel()) invalid(op, ": cos and sin have different shapes");
         attention.rotary = {floats(*cos), floats(*sin), cu_seqlens || cos->numel() != length * head_dim};
     }
-    if (q.rows > 0 && o.layer.out > 0 && head_dim > 0) {
-        forward(attention, floats(q.x), static_cast<float*>(y.mutable_data_ptr()));
-    }
+    if (y.numel() > 0 && head_dim > 0) forward(attention);
     return y;
 }
 

@@ -20,6 +20,7 @@ constexpr int kLanes = 4, kRegisters = 16;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::int32_t IntVector __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef std::uint16_t HalfVector __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 
 inline Vector load(const float* from) {
     Vector vector;

@@ -14,6 +14,8 @@ from ._checks import check_device, check_floating, check_shape
 from .lowrank_sparse_linear import check_kept_type
 
 NORMS = ("layer", "rms")
+# What csrc/cpu computes as whole blocks (in float32 inside).
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Norm(NamedTuple):
@@ -59,6 +61,11 @@ def seeded(seed: int | None, x: Tensor) -> Iterator[None]:
         yield
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast will choose the dtypes (torch has none for the meta device and raises when asked)."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def check_dropout(name: str, p: float) -> None:
     """Raise unless ``p`` is a number in [0, 1)."""
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
@@ -77,6 +84,8 @@ def check_residual(residual: Tensor | None, x: Tensor, out: int, because: str) -
         check_floating("residual", residual)
         check_shape("residual", residual, *x.shape[:-1], out, because=f"the rows of x, {because}")
         check_device("residual", residual, x)
+        if residual.dtype != x.dtype and not is_autocast(x):
+            raise TypeError(f"residual: expected dtype {x.dtype} (that of x), got {residual.dtype}")
 
 
 def check_layer(
@@ -102,8 +111,7 @@ def check_layer(
         check_shape(f"bias{suffix}", bias, up.shape[1], because=f"the columns of up{suffix}")
         check_device(f"bias{suffix}", bias, x)
     dtypes = {tensor.dtype for tensor in (down, up, bias) if tensor is not None}
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if not autocast and dtypes != {x.dtype}:
+    if not is_autocast(x) and dtypes != {x.dtype}:
         names = f"down{suffix}, up{suffix}, bias{suffix}"
         raise TypeError(f"{names}: expected dtype {x.dtype} (that of x), got {', '.join(sorted(map(str, dtypes)))}")
     return up.shape[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ._blocks import (
+    NATIVE_DTYPES,
     Norm,
     check_dropout,
     check_layer,
@@ -29,7 +30,7 @@ from .lowrank_sparse_linear import (
     packed_lowrank_sparse_linear,
 )
 
-# csrc/cpu/lowrank_attention.cpp: float32, without autograd.
+# csrc/cpu/lowrank_attention.cpp, without autograd.
 _HAS_NATIVE = has_kernel("lowrank_attention_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_attention_forward.default
 NO_KEPT = (None, None, None, None)
@@ -64,7 +65,8 @@ def lowrank_attention(
 ) -> Tensor:
     """norm(dropout(O(softmax(scale Q(x) K(x)^T + mask) V(x))) + residual) with low-rank layers Q, K, V and O.
 
-    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32, without gradients, Q, K,
+    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32 or
+    bfloat16, without gradients, Q, K,
     V and the probabilities exist for one head of one sequence at a time. With gradients only the arguments are kept
     for the backward, which computes the block again.
 
@@ -404,22 +406,28 @@ def _lowrank_attention(*arguments):
     return _compose(*arguments)
 
 
-def _lowrank_attention_cpu(*arguments):
-    """The native kernel where there is one and it takes these dtypes."""
-    floating = [argument for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()]
-    if _HAS_NATIVE and all(tensor.dtype == torch.float32 for tensor in floating):
-        return _native_forward(*arguments)
-    return _lowrank_attention(*arguments)
+def _lowrank_attention_cpu(x, *arguments):
+    """The native kernel where there is one and it takes this dtype."""
+    if not _HAS_NATIVE or x.dtype not in NATIVE_DTYPES:
+        return _lowrank_attention(x, *arguments)
+    arguments = list(arguments)
+    for index in _TABLES:
+        table = arguments[index - 1]
+        if table is not None and table.dtype == torch.bfloat16:
+            arguments[index - 1] = table.float()
+    return _native_forward(x, *arguments)
 
 
 def _lowrank_attention_fake(x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, down_o, up_o, *_):
     return x.new_empty((*x.shape[:-1], up_o.shape[1]))
 
 
-# Positions in the schema: the floating arguments that have gradients, the first that is no tensor, the mask.
+# Positions in the schema: the floating arguments that have gradients, the mask, it and the rotary tables, and the first
+# that is no tensor.
 _FLOATING = (0, 1, 2, 4, 6, 8, 9, 10, 12, 13, 14, 15)
-_OPTIONS = 20
 _MASK = 16
+_TABLES = (16, 18, 19)
+_OPTIONS = 20
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ._blocks import (
+    NATIVE_DTYPES,
     Norm,
     check_dropout,
     check_layer,
@@ -23,7 +24,7 @@ from .lowrank_sparse_linear import ACTIVATIONS, kernels, lowrank_sparse_linear_r
 
 aten = torch.ops.aten
 
-# csrc/cpu/lowrank_ffn.cpp: float32, without autograd.
+# csrc/cpu/lowrank_ffn.cpp, without autograd.
 _HAS_NATIVE = has_kernel("lowrank_ffn_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_ffn_forward.default
 
@@ -50,8 +51,8 @@ def lowrank_ffn(
     """norm(dropout(F2(act(F1(x)))) + residual), F1 and F2 low-rank layers; gated: F2(act(gate(x)) F1(x)).
 
     With ``norm_first`` the normalisation is that of the input instead: dropout(F2(act(F1(norm(x))))) + residual. On the
-    CPU in float32, without gradients, the hidden activation never leaves the cache. With gradients only the arguments
-    are kept for the backward, which computes the block again.
+    CPU in float32 or bfloat16, without gradients, the hidden activation never leaves the cache. With gradients only the
+    arguments are kept for the backward, which computes the block again.
 
     Args:
         x: [..., in], float32, float16, bfloat16 or float64 (as every other floating argument).
@@ -156,12 +157,11 @@ def _lowrank_ffn(
     return normalise(y, norm, norm_weight, norm_bias, eps)
 
 
-def _lowrank_ffn_cpu(*arguments):
-    """The native kernel where there is one and it takes these dtypes."""
-    floating = [argument for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()]
-    if _HAS_NATIVE and all(tensor.dtype == torch.float32 for tensor in floating):
-        return _native_forward(*arguments)
-    return _lowrank_ffn(*arguments)
+def _lowrank_ffn_cpu(x, *arguments):
+    """The native kernel where there is one and it takes this dtype."""
+    if _HAS_NATIVE and x.dtype in NATIVE_DTYPES:
+        return _native_forward(x, *arguments)
+    return _lowrank_ffn(x, *arguments)
 
 
 def _lowrank_ffn_fake(x, down1, up1, kept1, bias1, down2, up2, *_):

@@ -70,7 +70,7 @@ def test_a_training_step_has_three_times_the_products_and_two_passes_of_bytes():
 
 
 def test_ffn_counts_by_hand():
-    case = FfnCase(8, 12, 3, 2, 5)
+    case = FfnCase(hidden=8, intermediate=12, rank=3, batch=2, length=5)
     assert case.rows == 10
     assert case.flops() == 2 * 10 * (8 * 3 + 3 * 12 + 12 * 3 + 3 * 8)
     assert case.bytes() == 4 * (2 * 10 * 8 + 2 * 3 * (8 + 12) + 12 + 8)
@@ -91,8 +91,8 @@ def test_bad_cases_are_refused(arguments, word):
     with pytest.raises(ValueError, match=word):
         LinearCase(*arguments)
     if word == "direction":
-        with pytest.raises(ValueError, match="feed-forward"):
-            FfnCase(8, 12, 3, 2, 5, direction="forward+backward")
+        with pytest.raises(ValueError, match="expected forward for ffn"):
+            FfnCase(hidden=8, intermediate=12, rank=3, batch=2, length=5, direction="forward+backward")
 
 
 def test_slices_share_out_every_case():

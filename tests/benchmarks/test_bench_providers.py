@@ -25,7 +25,7 @@ CASES = (
     LinearCase(24, 40, 5, 0, 16, direction="forward+backward"),
     LinearCase(64, 96, 16, 10, 33, "bfloat16"),
     LinearCase(64, 96, 16, 10, 33, "bfloat16", "forward+backward"),
-    FfnCase(24, 48, 5, 2, 8),
+    FfnCase(hidden=24, intermediate=48, rank=5, batch=2, length=8),
 )
 
 

@@ -100,7 +100,7 @@ def test_a_wrong_peer_fails_the_gate(tmp_path):
 
 def test_flashsvd_is_gated_on_the_block(tmp_path):
     peer = load_peers([checkout(tmp_path, "flashsvd", FLASHSVD)])["flashsvd"]
-    case = FfnCase(24, 48, 6, 2, 8)
+    case = FfnCase(hidden=24, intermediate=48, rank=6, batch=2, length=8)
     problem = make_problem(case, CPU)
     assert Gate(problem).check(peer.build(problem)).failed is None
     assert peer.unavailable(case, CPU) == "runs on cuda only"

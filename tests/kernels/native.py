@@ -62,9 +62,10 @@ def check_feed_forward(seed: int) -> None:
     residual = norm != "none" or draw.random() < 0.5
     case = ((draw.choice(ROWS),), draw.choice(IN_FEATURES), hidden, d_out, first, second, gate, biases, residual, norm)
     activation = draw.choice(block.ACTIVATIONS)
+    dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16])
     draws = []
     for _ in range(4):
-        tensors, kept, norm = block.make(*case)
+        tensors, kept, norm = block.make(*case, dtype=dtype)
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         with torch.no_grad():
             actual = block.run(block.lowrank_ffn, tensors, kept, norm, activation)
@@ -95,9 +96,10 @@ def check_attention(seed: int) -> None:
         is_causal=draw.random() < 0.3, rotary=draw.choice(["none", "none", "shared" if not lengths else "own", "own"]),
         residual=True, norm=draw.choice(["none", "layer", "rms"]), lengths=lengths,
     )  # fmt: skip
+    dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16])
     draws = []
     for _ in range(4):
-        tensors, rest = block.make(case)
+        tensors, rest = block.make(case, dtype)
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         with torch.no_grad():
             actual, chain = (block.run(function, tensors, rest) for function in (block.lowrank_attention, block.chain))
