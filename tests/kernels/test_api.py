@@ -15,6 +15,8 @@ from lpaf_kernels import _library
 
 PUBLIC = [
     "KeepThreshold",
+    "LowRankAttention",
+    "LowRankFFN",
     "LowRankSparseLinear",
     "MaskedLinear",
     "MixedRankLinear",
@@ -25,12 +27,14 @@ PUBLIC = [
     "draw_paths",
     "explain",
     "fold_kept",
+    "fuse",
     "keep_threshold",
     "lowrank_ffn",
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
     "swap_linears",
+    "unfuse",
     "use_provider",
     "weighted_svd",
 ]
