@@ -8,6 +8,7 @@ from ._library import NATIVE
 from ._version import __version__
 from .nn.fold import fold_kept
 from .nn.fuse import fuse, unfuse
+from .nn.graphed import GraphRunner
 from .nn.lowrank_attention import LowRankAttention
 from .nn.lowrank_ffn import LowRankFFN
 from .nn.lowrank_sparse_linear import LowRankSparseLinear
@@ -24,6 +25,7 @@ from .ops.weighted_svd import weighted_svd
 from .tuning.dispatch import explain, use_provider
 
 __all__ = [
+    "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
     "LowRankFFN",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lowrank_attention import pack, run_attention, unpack
+from .lowrank_attention import PackedProjections, run_attention
 from .lowrank_ffn import run_ffn
 from .lowrank_sparse_linear import LowRankSparseLinear
 
@@ -19,8 +19,8 @@ from .lowrank_sparse_linear import LowRankSparseLinear
 class AttentionPaths:
     """Where an attention block keeps its parts.
 
-    ``inner`` has the configuration and the probabilities' dropout; ``skipped`` are the modules that the operator does not
-    call.
+    ``inner`` has the configuration and the probabilities' dropout; ``skipped`` are modules that the operator runs
+    without calling them.
     """
 
     q: str
@@ -36,7 +36,7 @@ class AttentionPaths:
 
 @dataclass(frozen=True)
 class FeedForwardPaths:
-    """Where a feed-forward block keeps its parts; ``skipped`` are the modules that the operator does not call."""
+    """Where a feed-forward block keeps its parts; ``skipped`` as for attention."""
 
     first: str
     activation: str
@@ -137,20 +137,22 @@ def fuse(model: nn.Module) -> list[str]:
     """Let the attention and feed-forward blocks of ``model`` run as one operator each, in place.
 
     BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE and DistilBERT are known, and the feed-forward blocks of
-    DeBERTa and DeBERTa-v2/v3. A block is fused if its linears are all :class:`LowRankSparseLinear`, without
-    parametrisation or activation of their own (compress first); MixedRankLinear and layers with hooks of any kind (peft,
-    accelerate) leave it as it is. Modules, parameters and state_dict stay the same: only the class of a block changes,
-    so hooks on the block, checkpoints and optimisers go on. Hooks put on a layer *inside* a fused block later, or
-    a layer replaced there, send the block back to its original forward, as does a call that the operators do not cover:
-    attention weights asked for, a cache, cross-attention, a decoder, attention implementations other than "eager" and
-    "sdpa". Training works, with the model's dropouts.
+    DeBERTa and DeBERTa-v2/v3. A block is fused if its linears are all :class:`LowRankSparseLinear` (compress first)
+    without parametrisation or activation of their own. MixedRankLinear, and hooks of any kind on a layer inside the
+    block (peft, accelerate), leave it as it is.
+
+    Modules, parameters and state_dict stay the same: only the class of a block changes, so hooks on the block itself,
+    checkpoints and optimisers go on. The modules inside are no longer called. A hook put on one of them later, or
+    another module in its place, sends the block back to its original forward; so does every call that the operators do
+    not cover: attention weights asked for, a cache, cross-attention, a decoder, attention implementations other than
+    "eager" and "sdpa". Training works, with the model's dropouts.
 
     Args:
         model: a transformers model, or anything that holds encoder layers of one.
 
     Returns:
-        The names of all blocks that are fused now, in the order of the model; the feed-forward block of two modules goes
-        by the second's.
+        The names of all blocks that are fused now, in the order of the model. Where a feed-forward block is two
+        modules, it goes by the second's.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
@@ -212,10 +214,10 @@ def _fuse_layer(layer: nn.Module, paths: LayerPaths) -> None:
         return
     if paths.attention is not None:
         attention = getattr(layer, paths.attention)
-        if AttentionParts(attention, paths).ready():
+        if not isinstance(attention, _Fused) and AttentionParts(attention, paths).ready():
             _change_class(attention, _FusedAttention, paths)
     first, second = getattr(layer, paths.first), getattr(layer, paths.second)
-    if _unhooked(first) and FeedForwardParts(first, second, paths).ready():
+    if not isinstance(first, _Fused) and _unhooked(first) and FeedForwardParts(first, second, paths).ready():
         _change_class(first, _FusedFirst, paths)
         _change_class(second, _FusedSecond, paths)
         second.__dict__["_first"] = (first,)  # in a tuple it is no second owner of its parameters
@@ -226,7 +228,8 @@ class AttentionParts:
 
     def __init__(self, block: nn.Module, paths: LayerPaths) -> None:
         where = paths.attention_parts
-        self.q, self.k, self.v, self.o = self.linears = attrgetter(where.q, where.k, where.v, where.o)(block)
+        self.projections = attrgetter(where.q, where.k, where.v)(block)
+        self.o = attrgetter(where.o)(block)
         self.norm, self.inner, self.heads = attrgetter(where.norm, where.inner, where.heads)(block)
         self.dropout = None if where.dropout is None else attrgetter(where.dropout)(block)
         self.skipped = [attrgetter(path)(block) for path in where.skipped]
@@ -236,7 +239,7 @@ class AttentionParts:
         inner = self.inner
         dropouts = [dropout for dropout in (self.dropout, inner.dropout) if dropout is not None]
         return (
-            _plain_linears(self.linears)
+            _plain_linears((*self.projections, self.o))
             and _plain(self.norm, dropouts)
             and all(map(_unhooked, self.skipped))
             and not getattr(inner, "is_decoder", False)
@@ -262,11 +265,13 @@ class AttentionParts:
             return config._attn_implementation == "sdpa"
         return mask.dtype in (x.dtype, torch.float32)
 
-    def run(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, mask: Tensor | None, packed: PackedProjections) -> Tensor:
         """norm(dropout(attention(x)) + x)."""
         return run_attention(
             x,
-            *self.linears,
+            self.projections,
+            self.o,
+            packed,
             num_heads=self.heads,
             attn_mask=mask,
             scale=self.inner.scaling,
@@ -358,21 +363,22 @@ class _Fused:
 
 
 class _Packed(_Fused):
-    """With attention in it: its three matrices stay side by side in memory, see :func:`pack`."""
+    """With attention in it: its three matrices stay together in memory."""
 
     def _parts(self) -> AttentionParts:
         return AttentionParts(self, self._paths)
 
     def _pack(self) -> None:
-        parts = self._parts()
-        if _plain_linears(parts.linears):
-            pack(parts.q, parts.k, parts.v)
+        projections = self._parts().projections
+        if _plain_linears(projections):
+            self._packed.pack(*projections)
 
     def _restore(self) -> None:
-        parts = self._parts()
+        projections = self._parts().projections
+        if _plain_linears(projections):
+            self._packed.unpack(*projections)
         super()._restore()
-        if _plain_linears(parts.linears):
-            unpack(parts.q, parts.k, parts.v)
+        del self._packed
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -392,7 +398,7 @@ class _FusedAttention(_Packed):
         extra = {str(index): value for index, value in enumerate(arguments)} | options
         if not parts.ready() or not parts.covers(hidden_states, attention_mask, extra):
             return super().forward(hidden_states, attention_mask, *arguments, **options)
-        return parts.run(hidden_states, attention_mask), None
+        return parts.run(hidden_states, attention_mask, self._packed), None
 
 
 class _FusedLayer(_Packed):
@@ -403,7 +409,7 @@ class _FusedLayer(_Packed):
         ready = attention.ready() and feed_forward.ready()
         if not ready or not attention.covers(hidden_states, attention_mask, options):
             return super().forward(hidden_states, attention_mask, **options)
-        x = attention.run(hidden_states, attention_mask)
+        x = attention.run(hidden_states, attention_mask, self._packed)
         return feed_forward.run(x, x)
 
 
@@ -434,6 +440,7 @@ class _FusedSecond(_Fused):
 def _change_class(module: nn.Module, form: type[_Fused], paths: LayerPaths) -> None:
     module.__class__ = _fused_class(type(module), form, paths)
     if isinstance(module, _Packed):
+        module._packed = PackedProjections()
         module._pack()
 
 

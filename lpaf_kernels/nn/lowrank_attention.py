@@ -16,8 +16,8 @@ class LowRankAttention(nn.Module):
     """norm(dropout(o(softmax(q(x) k(x)^T scale + mask) v(x))) + residual) in one operator.
 
     The layers, the normalisation and their parameters are the given ones, not copies. The three matrices that read x
-    are laid side by side in memory (each parameter becomes a view), so that inference takes them as one without a copy;
-    moving or loading them apart is allowed and costs a concatenation per call.
+    are laid one below the other in memory, so that inference takes them as one; where they lie apart (another module or
+    tensor was put in one's place), each call copies them together.
 
     Args:
         q: [in -> num_heads * head_dim], without activation of its own.
@@ -77,7 +77,8 @@ class LowRankAttention(nn.Module):
         self.norm_first = norm_first
         self.is_causal = is_causal
         self.scale = scale
-        pack(q, k, v)
+        self._packed = PackedProjections()
+        self._packed.pack(q, k, v)
 
     def forward(
         self,
@@ -90,10 +91,9 @@ class LowRankAttention(nn.Module):
         """[B, L, in] -> [B, L, out]."""
         return run_attention(
             x,
-            self.q,
-            self.k,
-            self.v,
+            (self.q, self.k, self.v),
             self.o,
+            self._packed,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             attn_mask=attn_mask,
@@ -110,12 +110,12 @@ class LowRankAttention(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        pack(self.q, self.k, self.v)
+        self._packed.pack(self.q, self.k, self.v)
         return self
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        pack(self.q, self.k, self.v)
+        self._packed.pack(self.q, self.k, self.v)
 
     def extra_repr(self) -> str:
         return (
@@ -133,10 +133,9 @@ def _check_heads(name: str, heads: int, divided: int, of: str) -> None:
 
 def run_attention(
     x: Tensor,
-    q: LowRankSparseLinear,
-    k: LowRankSparseLinear,
-    v: LowRankSparseLinear,
+    projections: Sequence[LowRankSparseLinear],
     o: LowRankSparseLinear,
+    packed: PackedProjections,
     *,
     num_heads: int,
     num_kv_heads: int | None = None,
@@ -151,15 +150,13 @@ def run_attention(
     dropout: nn.Dropout | None = None,
     attention_dropout: nn.Dropout | None = None,
 ) -> Tensor:
-    """:func:`lowrank_attention` with the parameters of these modules, as they are now."""
+    """:func:`lowrank_attention` with the parameters of these modules (``projections``: q, k, v), as they are now."""
     apart = finish_apart(x)
     y = lowrank_attention(
         x,
-        _joined([q.down, k.down, v.down]),
-        q.up,
-        k.up,
-        v.up,
-        _joined_biases((q, k, v)),
+        packed.down(*projections),
+        *(layer.up for layer in projections),
+        packed.bias(*projections),
         o.down,
         o.up,
         o.bias,
@@ -170,7 +167,7 @@ def run_attention(
         is_causal=is_causal,
         rotary=rotary,
         scale=scale,
-        kept=tuple(kept_columns(layer) for layer in (q, k, v, o)),
+        kept=tuple(kept_columns(layer) for layer in (*projections, o)),
         residual=None if apart else residual,
         norm=None if apart and not norm_first else norm_arguments(norm),
         norm_first=norm_first,
@@ -180,79 +177,95 @@ def run_attention(
     return finish(y, residual, None if norm_first else norm) if apart else y
 
 
-def pack(*layers: LowRankSparseLinear) -> None:
-    """Lay the layers' ``down`` matrices side by side in one storage, and their biases in another.
+class PackedProjections:
+    """The ``down`` matrices of several layers one below the other in memory, and their biases.
 
-    The parameters stay the layers' own and become views. Nothing happens where they already lie so, or cannot
-    (different dtypes or devices, tensor subclasses).
+    The parameters stay the layers' own: each keeps its identity and a storage of its own size, so that whoever saves or
+    moves them notices nothing. Only the memory behind is one piece. A copy of this object starts empty.
     """
-    for tensors in _packable(layers):
-        if _ordinary(tensors) and not _side_by_side(tensors):
-            # Parameters must not become inference tensors.
-            with torch.inference_mode(False), torch.no_grad():
-                joined = torch.cat([tensor.detach() for tensor in tensors])
-                for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
-                    tensor.data = part
 
+    def __init__(self) -> None:
+        self._down: Tensor | None = None
+        self._bias: Tensor | None = None
 
-def unpack(*layers: LowRankSparseLinear) -> None:
-    """Give every parameter that :func:`pack` has moved a storage of its own."""
-    for tensors in _packable(layers):
-        if _ordinary(tensors) and _side_by_side(tensors):
-            with torch.inference_mode(False), torch.no_grad():
+    def __reduce__(self):
+        return PackedProjections, ()
+
+    def pack(self, *layers: LowRankSparseLinear) -> None:
+        """Move what is not yet in place; different dtypes, devices or tensor subclasses stay where they are."""
+        self._down = _lay_out(self._down, [layer.down for layer in layers])
+        self._bias = _lay_out(self._bias, [layer.bias for layer in layers])
+
+    def unpack(self, *layers: LowRankSparseLinear) -> None:
+        """Give every parameter memory of its own."""
+        for whole, tensors in (
+            (self._down, [layer.down for layer in layers]),
+            (self._bias, [layer.bias for layer in layers]),
+        ):
+            if _is_laid_out(whole, tensors):
                 for tensor in tensors:
                     tensor.data = tensor.detach().clone()
+        self._down = self._bias = None
+
+    def down(self, *layers: LowRankSparseLinear) -> Tensor:
+        """The matrices as one; a copy only if a gradient is wanted or they lie apart."""
+        return _joined(self._down, [layer.down for layer in layers])
+
+    def bias(self, *layers: LowRankSparseLinear) -> Tensor | None:
+        """The biases as one, or None if no layer has one."""
+        biases = [layer.bias for layer in layers]
+        if all(bias is None for bias in biases):
+            return None
+        if any(bias is None for bias in biases):
+            biases = [
+                layer.up.new_zeros(layer.out_features) if bias is None else bias
+                for layer, bias in zip(layers, biases, strict=True)
+            ]
+        return _joined(self._bias, biases)
 
 
-def _packable(layers: Sequence[LowRankSparseLinear]) -> list[list[Tensor]]:
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return [[layer.down for layer in layers], biases if len(biases) == len(layers) else []]
+def _lay_out(whole: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The memory that the tensors now lie in, one after the other; None if they cannot."""
+    if _is_laid_out(whole, tensors):
+        return whole
+    if not _is_movable(tensors):
+        return None
+    with torch.no_grad():
+        whole = torch.cat(tensors)
+        for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = torch.from_dlpack(part)  # a storage of this size: a view would show the whole one
+    return whole
 
 
-def _ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are parameters in plain memory that one storage could hold."""
+def _is_movable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are different parameters in plain memory of one kind."""
     return (
-        len({id(tensor) for tensor in tensors}) == len(tensors)
-        and all(
-            type(tensor) is nn.Parameter and type(tensor.data) is Tensor and not tensor.is_inference()
-            for tensor in tensors
-        )
+        all(type(tensor) is nn.Parameter and type(tensor.data) is Tensor for tensor in tensors)
+        and len({id(tensor) for tensor in tensors}) == len(tensors)
         and len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
-        and not tensors[0].is_meta
+        and tensors[0].device.type in ("cpu", "cuda")
+        and all(tensor.numel() and not tensor.is_inference() for tensor in tensors)
+        # What other processes see must not move away.
+        and not any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)
+        and not torch.is_inference_mode_enabled()
     )
 
 
-def _side_by_side(tensors: Sequence[Tensor]) -> bool:
-    """Whether each tensor starts where the one before it ends, in the same storage."""
-    storage = tensors[0].untyped_storage().data_ptr()
-    end = tensors[0].storage_offset()
+def _is_laid_out(whole: Tensor | None, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the tensors fill ``whole`` one after the other."""
+    if whole is None:
+        return False
+    end = whole.data_ptr()
     for tensor in tensors:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != end:
+        if type(tensor) is not nn.Parameter or tensor.dtype != whole.dtype or tensor.device != whole.device:
             return False
-        if not tensor.is_contiguous():
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
             return False
-        end += tensor.numel()
-    return True
+        end += tensor.nbytes
+    return end == whole.data_ptr() + whole.nbytes
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one below the other: a view where they lie so and no gradient is wanted, else a new tensor."""
+def _joined(whole: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if tracing or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return torch.cat(tensors)
-    if not _ordinary(tensors) or not _side_by_side(tensors):
-        return torch.cat(tensors)
-    first = tensors[0]
-    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
-
-
-def _joined_biases(layers: Sequence[LowRankSparseLinear]) -> Tensor | None:
-    biases = [layer.bias for layer in layers]
-    if all(bias is None for bias in biases):
-        return None
-    if any(bias is None for bias in biases):
-        biases = [
-            layer.up.new_zeros(layer.out_features) if bias is None else bias
-            for layer, bias in zip(layers, biases, strict=True)
-        ]
-    return _joined(biases)
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.cat(tensors) if tracing or wanted or not _is_laid_out(whole, tensors) else whole

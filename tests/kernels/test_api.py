@@ -14,6 +14,7 @@ import lpaf_kernels
 from lpaf_kernels import _library
 
 PUBLIC = [
+    "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
     "LowRankFFN",
@@ -29,6 +30,7 @@ PUBLIC = [
     "fold_kept",
     "fuse",
     "keep_threshold",
+    "lowrank_attention",
     "lowrank_ffn",
     "lowrank_sparse_linear",
     "masked_linear",
