@@ -28,7 +28,7 @@ _ATTENTION = (
     "Tensor x, Tensor down_qkv, Tensor up_q, Tensor? kept_q, Tensor up_k, Tensor? kept_k, Tensor up_v,"
     " Tensor? kept_v, Tensor? bias_qkv, Tensor down_o, Tensor up_o, Tensor? kept_o, Tensor? bias_o,"
     " Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor? attn_mask, Tensor? cu_seqlens, Tensor? cos,"
-    " Tensor? sin, int num_heads, int num_kv_heads, bool is_causal, float scale, str norm, float eps"
+    " Tensor? sin, int? max_seqlen, int num_heads, int num_kv_heads, bool is_causal, float scale, str norm, float eps"
 )
 SCHEMAS = (
     "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights) -> (Tensor value, Tensor tie_index)",

@@ -24,6 +24,13 @@ struct ElementwiseKernels {
     void (*activate_gate)(Activation activation, const float* gate, float* values, std::int64_t size);
     // row = norm(row + residual), residual may be null
     void (*normalise)(const Norm& norm, const float* residual, float* row, std::int64_t size);
+    // row = e^(scores - their maximum) with scores = scale row + bias, bias may be null; returns its sum, 0
+    // where every score is -inf
+    float (*exponentials)(float scale, const float* bias, float* row, std::int64_t size);
+    // values = factor values
+    void (*multiply)(float factor, float* values, std::int64_t size);
+    // Turns the first half of a row with the second: row cos + (-second, first) sin
+    void (*rotate)(const float* cos, const float* sin, float* row, std::int64_t size);
 };
 
 extern const ElementwiseKernels kBaselineElementwise;

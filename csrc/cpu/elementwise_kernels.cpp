@@ -169,8 +169,67 @@ void normalise(const Norm& norm, const float* residual, float* row, std::int64_t
     });
 }
 
+inline Vector larger(Vector a, Vector b) {
+    return select(a > b, a, b);
+}
+
+// row = scale row + bias and its maximum, -inf for an empty row.
+inline float scale_scores(float scale, const float* bias, float* row, std::int64_t size) {
+    Vector most = splat(-__builtin_inff());
+    std::int64_t at = 0;
+    for (; at + kLanes <= size; at += kLanes) {
+        Vector scores = load(row + at) * scale;
+        if (bias != nullptr) scores += load(bias + at);
+        store(row + at, scores);
+        most = larger(scores, most);
+    }
+    float maximum = -__builtin_inff();
+    for (; at < size; ++at) {
+        row[at] = row[at] * scale + (bias != nullptr ? bias[at] : 0.0f);
+        maximum = row[at] > maximum ? row[at] : maximum;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) maximum = most[lane] > maximum ? most[lane] : maximum;
+    return maximum;
+}
+
+float exponentials(float scale, const float* bias, float* row, std::int64_t size) {
+    const float maximum = scale_scores(scale, bias, row, size);
+    if (maximum == -__builtin_inff()) {
+        for (std::int64_t at = 0; at < size; ++at) row[at] = row[at] != row[at] ? row[at] : 0.0f;
+        return sum_row(row, size, [](Vector entries) { return entries; });
+    }
+    // What is so far below the maximum that a float barely holds it counts for nothing.
+    change_row(row, size, [maximum](Vector scores, const auto&) {
+        const Vector below = scores - maximum;
+        return select(below < -87.0f, splat(0.0f), exponential(below));
+    });
+    return sum_row(row, size, [](Vector entries) { return entries; });
+}
+
+void multiply(float factor, float* values, std::int64_t size) {
+    change_row(values, size, [factor](Vector entries, const auto&) { return entries * factor; });
+}
+
+void rotate(const float* cos, const float* sin, float* row, std::int64_t size) {
+    const std::int64_t half = size / 2;
+    std::int64_t at = 0;
+    const auto turn = [&](Vector first, Vector second, const auto& load_at, const auto& store_at) {
+        store_at(row + at, first * load_at(cos + at) - second * load_at(sin + at));
+        store_at(row + half + at, second * load_at(cos + half + at) + first * load_at(sin + half + at));
+    };
+    for (; at + kLanes <= half; at += kLanes) turn(load(row + at), load(row + half + at), load, store);
+    if (at < half) {
+        const std::int64_t left = half - at;
+        turn(
+            load_first(row + at, left), load_first(row + half + at, left),
+            [left](const float* from) { return load_first(from, left); },
+            [left](float* to, Vector vector) { store_first(to, vector, left); });
+    }
+}
+
 }  // namespace
 
-const ElementwiseKernels LPAF_ELEMENTWISE = {activate, activate_gate, normalise};
+const ElementwiseKernels LPAF_ELEMENTWISE = {activate,     activate_gate, normalise,
+                                             exponentials, multiply,      rotate};
 
 }  // namespace lpaf::cpu

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cpu/block_arguments.h"
 #include "cpu/elementwise.h"
 #include "cpu/lowrank_arguments.h"
 #include "cpu/lowrank_sparse_linear.h"
@@ -20,21 +21,11 @@ namespace {
 // Rows of a block: whole tiles of both products, and 60 rows of 3072 hidden neurons fill 0.7 MB.
 constexpr int64_t kBlockRows = 60;
 
-const ElementwiseKernels& elementwise() {
-    static const ElementwiseKernels& chosen =
-#if defined(__x86_64__)
-        for_this_processor(kBaselineElementwise, kAvx2Elementwise, kAvx512Elementwise);
-#else
-        kBaselineElementwise;
-#endif
-    return chosen;
-}
-
 struct FeedForward {
     LowRankSparseLayer first, second;
     const LowRankSparseLayer* gate;  // or null
     Activation activation;
-    Norm norm;
+    const Ending& ending;
 
     // z of one block, of whichever layer has the most columns.
     int64_t z_pitch() const {
@@ -44,10 +35,10 @@ struct FeedForward {
 };
 
 // y of the rows [begin, end), with room to work in.
-void forward_block(const FeedForward& block, const float* x, const float* residual, int64_t begin,
-                   int64_t end, float* room, float* y) {
+void forward_block(const FeedForward& block, const float* x, int64_t begin, int64_t end, float* room,
+                   float* y) {
     const LowRankSparseKernels& products = lowrank_sparse_kernels();
-    const ElementwiseKernels& single = elementwise();
+    const ElementwiseKernels& single = elementwise_kernels();
     const int64_t size = end - begin, in = block.first.in, hidden = block.first.out, out = block.second.out;
     float* panel = room;
     const Rows<float> z = {panel + kSumDepth * kSumWidth, block.z_pitch()};
@@ -67,13 +58,10 @@ void forward_block(const FeedForward& block, const float* x, const float* residu
         }
     }
     apply(block.second, {h.data, h.stride}, {y + begin * out, out});
-    for (int64_t row = begin; row < end; ++row) {
-        single.normalise(block.norm, residual == nullptr ? nullptr : residual + row * out, y + row * out,
-                         out);
-    }
+    for (int64_t row = begin; row < end; ++row) block.ending.finish(row, y + row * out, out);
 }
 
-void forward(const FeedForward& block, const float* x, const float* residual, int64_t rows, float* y) {
+void forward(const FeedForward& block, const float* x, int64_t rows, float* y) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t blocks = std::min(rows, ceil_div(ceil_div(rows, kBlockRows), threads) * threads);
     const int64_t most = ceil_div(rows, blocks);
@@ -85,7 +73,7 @@ void forward(const FeedForward& block, const float* x, const float* residual, in
     share_out(blocks, 1, work, [&](int64_t begin, int64_t end) {
         const auto own = scratch(room);
         for (int64_t i = begin; i < end; ++i) {
-            forward_block(block, x, residual, rows * i / blocks, rows * (i + 1) / blocks, own.get(), y);
+            forward_block(block, x, rows * i / blocks, rows * (i + 1) / blocks, own.get(), y);
         }
     });
 }
@@ -98,24 +86,6 @@ Activation activation_of(const char* op, const std::string& name) {
     if (name == "silu") return Activation::kSilu;
     if (name == "tanh") return Activation::kTanh;
     invalid(op, ": activation is ", name, ", expected none, gelu, gelu_tanh, relu, silu or tanh");
-}
-
-Norm::Kind norm_of(const char* op, const std::string& name) {
-    if (name == "none") return Norm::Kind::kNone;
-    if (name == "layer") return Norm::Kind::kLayer;
-    if (name == "rms") return Norm::Kind::kRms;
-    invalid(op, ": norm is ", name, ", expected none, layer or rms");
-}
-
-// A contiguous vector of `size` floats, or nothing.
-std::optional<Tensor> optional_row(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                                   int64_t size) {
-    if (!tensor) return std::nullopt;
-    check_dtype(op, name, *tensor, ScalarType::Float);
-    if (tensor->dim() != 1 || tensor->size(0) != size) {
-        invalid(op, ": ", name, " has shape ", shape_of(*tensor), ", expected [", size, "]");
-    }
-    return as_contiguous(*tensor);
 }
 
 Tensor lowrank_ffn_forward(Tensor x, Tensor down1, Tensor up1, std::optional<Tensor> kept1,
@@ -141,23 +111,11 @@ Tensor lowrank_ffn_forward(Tensor x, Tensor down1, Tensor up1, std::optional<Ten
     }
     const int64_t out = second.layer.out;
     const Tensor y = empty(first.with_last(out), dtype_of(first.x));
-    if (residual) {
-        check_dtype(op, "residual", *residual, ScalarType::Float);
-        check_same_shape(op, "residual", *residual, "the result", y);
-        residual = as_contiguous(*residual);
-    }
-    norm_weight = optional_row(op, "norm_weight", norm_weight, out);
-    norm_bias = optional_row(op, "norm_bias", norm_bias, out);
-    FeedForward block{
-        first.layer, second.layer, gate ? &gate->layer : nullptr, activation_of(op, activation), {}};
-    block.norm.kind = norm_of(op, norm);
-    block.norm.epsilon = static_cast<float>(epsilon);
-    if (block.norm.kind != Norm::Kind::kNone && !norm_weight) invalid(op, ": norm_weight is missing");
-    if (norm_weight) block.norm.weight = floats(*norm_weight);
-    if (norm_bias) block.norm.bias = floats(*norm_bias);
+    const Ending ending(op, y, residual, norm_weight, norm_bias, norm, epsilon);
+    const FeedForward block{first.layer, second.layer, gate ? &gate->layer : nullptr,
+                            activation_of(op, activation), ending};
     if (first.rows > 0 && out > 0) {
-        forward(block, floats(first.x), residual ? floats(*residual) : nullptr, first.rows,
-                static_cast<float*>(y.mutable_data_ptr()));
+        forward(block, floats(first.x), first.rows, static_cast<float*>(y.mutable_data_ptr()));
     }
     return y;
 }

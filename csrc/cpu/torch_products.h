@@ -34,15 +34,20 @@ inline int32_t dtype_of(const Tensor& tensor) {
     return dtype;
 }
 
+// A view that begins `offset` entries after `tensor` does.
+inline Tensor view(const Tensor& tensor, const std::vector<int64_t>& sizes,
+                   const std::vector<int64_t>& strides, int64_t offset = 0) {
+    AtenTensorHandle handle;
+    // The offset counts from where the tensor begins, not from its storage.
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+        tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &handle));
+    return Tensor(handle);
+}
+
 // A [rows, columns] view that begins where `tensor` does.
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
                      int64_t column_stride = 1) {
-    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    AtenTensorHandle handle;
-    // The offset counts from where the tensor begins, not from its storage.
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
-    return Tensor(handle);
+    return view(tensor, {rows, columns}, {row_stride, column_stride});
 }
 
 inline Tensor transposed(const Tensor& tensor) {

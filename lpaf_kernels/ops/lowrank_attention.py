@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ def lowrank_attention(
     num_kv_heads: int | None = None,
     attn_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     is_causal: bool = False,
     rotary: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
@@ -79,6 +81,8 @@ def lowrank_attention(
             [batch, num_heads, length, length]. A query that may attend to nothing gives 0. Default: none.
         cu_seqlens: int32 or int64 [sequences + 1], where each sequence begins among the tokens, and their number; not
             together with ``attn_mask``. Default: none.
+        max_seqlen: length of the longest of those sequences. Default: looked up, which waits for a GPU, and which
+            torch.compile cannot do where there are gradients.
         is_causal: no query attends to later keys. Default: False.
         rotary: (cos, sin), [length, head_dim] or [batch, length, head_dim], with ``cu_seqlens`` [tokens, head_dim]: Q
             and K are turned, the first half of a head's dimensions with the second. Default: none.
@@ -109,7 +113,7 @@ def lowrank_attention(
     check_dropout("attention_dropout_p", attention_dropout_p)
     check_seed(seed)
     check_residual(residual, x, out, "the columns of up_o")
-    _check_sequences(x, cu_seqlens, attn_mask)
+    _check_sequences(x, cu_seqlens, max_seqlen, attn_mask)
     cos, sin = _check_rotary(rotary, x, head_dim)
     kind, weight, bias, eps = check_norm(norm, x.shape[-1] if norm_first else out, x)
     if kind != "none" and norm_first:
@@ -121,7 +125,8 @@ def lowrank_attention(
         attn_mask = _check_mask(attn_mask, x, num_heads)
     projections = (x, down_qkv, up_q, kept[0], up_k, kept[1], up_v, kept[2], bias_qkv)
     output = (down_o, up_o, kept[3], bias_o)
-    sequences = (attn_mask, cu_seqlens, cos, sin, *heads, bool(is_causal), head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    sequences = (attn_mask, cu_seqlens, cos, sin, max_seqlen, *heads, bool(is_causal), scale)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (attn_mask, cos, sin))
     if not (dropout_p > 0 or attention_dropout_p > 0 or learns):
         rows = None if residual is None else residual.reshape(*x.shape[:-1], out)
@@ -247,8 +252,10 @@ def _check_projections(
     return head_dim
 
 
-def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, attn_mask: Tensor | None) -> None:
+def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, attn_mask: Tensor | None) -> None:
     if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen!r}")
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -258,6 +265,15 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, attn_mask: Tensor | N
     check_device("cu_seqlens", cu_seqlens, x)
     if attn_mask is not None:
         raise ValueError("attn_mask: expected None together with cu_seqlens")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bounds != sorted(bounds):
+        expected = f"ascending positions from 0 to {x.shape[0]} (the rows of x)"
+        raise ValueError(f"cu_seqlens: expected {expected}, got {bounds}")
+    longest = max((end - begin for begin, end in pairwise(bounds)), default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"max_seqlen: expected at least {longest} (the longest of cu_seqlens), got {max_seqlen}")
 
 
 def _check_mask(mask: Tensor | None, x: Tensor, num_heads: int) -> Tensor | None:
@@ -332,8 +348,8 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(
-    x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, num_heads,
-    num_kv_heads, is_causal, scale, dropout_p=0.0,
+    x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, max_seqlen,
+    num_heads, num_kv_heads, is_causal, scale, dropout_p=0.0,
 ):  # fmt: skip
     """The context [..., num_heads * head_dim] that O reads: Q, K and V are built once, and torch's attention."""
     ups, kept = (up_q, up_k, up_v), (kept_q, kept_k, kept_v)
@@ -344,11 +360,12 @@ def _attend(
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
-        longest = int(lengths.max()) if lengths.numel() else 0
+        if max_seqlen is None:
+            max_seqlen = int(lengths.max()) if lengths.numel() else 0
         sequence = torch.repeat_interleave(lengths, output_size=x.shape[0])
         position = torch.arange(x.shape[0], device=x.device) - cu_seqlens[sequence]
-        q, k, v = (_pad(heads, sequence, position, lengths.shape[0], longest) for heads in (q, k, v))
-        attn_mask = (torch.arange(longest, device=x.device) < lengths[:, None])[:, None, None]
+        q, k, v = (_pad(heads, sequence, position, lengths.shape[0], max_seqlen) for heads in (q, k, v))
+        attn_mask = (torch.arange(max_seqlen, device=x.device) < lengths[:, None])[:, None, None]
     if is_causal and attn_mask is not None:
         earlier = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=x.device).tril()
         forbids = attn_mask.dtype == torch.bool
@@ -370,12 +387,13 @@ def _pad(heads: Tensor, sequence: Tensor, position: Tensor, sequences: int, long
 
 def _compose(
     x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, down_o, up_o, kept_o, bias_o, residual,
-    norm_weight, norm_bias, attn_mask, cu_seqlens, cos, sin, num_heads, num_kv_heads, is_causal, scale, norm, eps,
+    norm_weight, norm_bias, attn_mask, cu_seqlens, cos, sin, max_seqlen, num_heads, num_kv_heads, is_causal, scale,
+    norm, eps,
 ):  # fmt: skip
     """The whole block, layer by layer, differentiable."""
     context = _attend(
-        x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, num_heads,
-        num_kv_heads, is_causal, scale,
+        x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, max_seqlen,
+        num_heads, num_kv_heads, is_causal, scale,
     )  # fmt: skip
     y = packed_lowrank_sparse_linear(context, down_o, up_o, kept_o, bias_o)
     return normalise(y if residual is None else y + residual, norm, norm_weight, norm_bias, eps)

@@ -73,6 +73,38 @@ def check_feed_forward(seed: int) -> None:
     check_accurate(*(torch.stack(same) for same in zip(*draws, strict=True)))
 
 
+def check_attention(seed: int) -> None:
+    """lowrank_attention without gradients on one drawn shape against float64, within twice the error of torch's."""
+    import test_lowrank_attention as block
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    kv_heads = draw.choice([1, 2, 3])
+    heads = (kv_heads * draw.choice([1, 1, 2]), kv_heads)
+    head_dim, d = draw.choice([2, 4, 30, 32, 64, 96]), draw.choice([4, 15, 64, 129])
+    batch, length = draw.choice([1, 2, 3]), draw.choice([1, 2, 12, 25, 61, 130, 330])
+    lead, lengths = (batch, length), None
+    if draw.random() < 0.2:
+        lengths = (draw.randint(0, length), length, 1)
+        lead = (sum(lengths),)
+    widths = (heads[0] * head_dim, kv_heads * head_dim, kv_heads * head_dim, d)
+    kept = tuple(draw.choice([0, 0, 1, width // 2]) for width in widths)
+    case = block.Case(
+        lead, d, heads, head_dim, tuple(draw.choice([0, 1, 5, 41, 80, 131]) for _ in range(4)), kept,
+        biases=draw.random() < 0.7, mask="none" if lengths else draw.choice(["none", "padding", "rows", "bias"]),
+        is_causal=draw.random() < 0.3, rotary=draw.choice(["none", "none", "shared" if not lengths else "own", "own"]),
+        residual=True, norm=draw.choice(["none", "layer", "rms"]), lengths=lengths,
+    )  # fmt: skip
+    draws = []
+    for _ in range(4):
+        tensors, rest = block.make(case)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        with torch.no_grad():
+            actual, chain = (block.run(function, tensors, rest) for function in (block.lowrank_attention, block.chain))
+            draws.append((actual, chain, block.run(block.chain, wide, rest)))
+    check_accurate(*(torch.stack(same) for same in zip(*draws, strict=True)))
+
+
 def _results(
     layer: tuple[Tensor | None, ...], grad: Tensor, needs: list[bool]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
