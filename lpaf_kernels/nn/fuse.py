@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,107 +14,6 @@ from torch import Tensor, nn
 from .lowrank_attention import PackedProjections, run_attention
 from .lowrank_ffn import run_ffn
 from .lowrank_sparse_linear import LowRankSparseLinear
-
-
-@dataclass(frozen=True)
-class AttentionPaths:
-    """Where an attention block keeps its parts.
-
-    ``inner`` has the configuration and the probabilities' dropout; ``skipped`` are modules that the operator runs
-    without calling them.
-    """
-
-    q: str
-    k: str
-    v: str
-    o: str
-    norm: str
-    dropout: str | None
-    inner: str
-    heads: str
-    skipped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FeedForwardPaths:
-    """Where a feed-forward block keeps its parts; ``skipped`` as for attention."""
-
-    first: str
-    activation: str
-    second: str
-    norm: str
-    dropout: str
-    skipped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerPaths:
-    """The fusible blocks of a layer.
-
-    ``attention`` names the module that becomes an attention block, ``whole`` says that the layer itself is one block of
-    both kinds, else ``first`` and ``second`` name the two modules that are called in turn as second(first(x), x).
-    """
-
-    attention_parts: AttentionPaths | None
-    feed_forward_parts: FeedForwardPaths
-    attention: str | None = None
-    first: str | None = None
-    second: str | None = None
-    whole: bool = False
-
-
-_BERT_ATTENTION = AttentionPaths(
-    q="self.query",
-    k="self.key",
-    v="self.value",
-    o="output.dense",
-    norm="output.LayerNorm",
-    dropout="output.dropout",
-    inner="self",
-    heads="self.num_attention_heads",
-    skipped=("self", "output"),
-)
-# The paths inside the two modules, first and second, not inside the layer.
-_BERT_FEED_FORWARD = FeedForwardPaths(
-    first="dense", activation="intermediate_act_fn", second="dense", norm="LayerNorm", dropout="dropout"
-)
-_BERT = LayerPaths(_BERT_ATTENTION, _BERT_FEED_FORWARD, "attention", "intermediate", "output")
-# Their attention reads relative positions.
-_DEBERTA = LayerPaths(None, _BERT_FEED_FORWARD, None, "intermediate", "output")
-
-#: module and class of an encoder layer in transformers -> where its parts are
-LAYERS = {
-    "modeling_bert.BertLayer": _BERT,
-    "modeling_roberta.RobertaLayer": _BERT,
-    "modeling_xlm_roberta.XLMRobertaLayer": _BERT,
-    "modeling_camembert.CamembertLayer": _BERT,
-    "modeling_electra.ElectraLayer": _BERT,
-    "modeling_ernie.ErnieLayer": _BERT,
-    "modeling_deberta.DebertaLayer": _DEBERTA,
-    "modeling_deberta_v2.DebertaV2Layer": _DEBERTA,
-    "modeling_distilbert.TransformerBlock": LayerPaths(
-        AttentionPaths(
-            q="attention.q_lin",
-            k="attention.k_lin",
-            v="attention.v_lin",
-            o="attention.out_lin",
-            norm="sa_layer_norm",
-            dropout=None,
-            inner="attention",
-            heads="attention.n_heads",
-            skipped=("attention",),
-        ),
-        FeedForwardPaths(
-            first="ffn.lin1",
-            activation="ffn.activation",
-            second="ffn.lin2",
-            norm="output_layer_norm",
-            dropout="ffn.dropout",
-            skipped=("ffn",),
-        ),
-        whole=True,
-    ),
-}
 
 #: class of an activation module -> the operators' name for it
 ACTIVATIONS = {
@@ -138,21 +38,21 @@ def fuse(model: nn.Module) -> list[str]:
 
     BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE and DistilBERT are known, and the feed-forward blocks of
     DeBERTa and DeBERTa-v2/v3. A block is fused if its linears are all :class:`LowRankSparseLinear` (compress first)
-    without parametrisation or activation of their own. MixedRankLinear, and hooks of any kind on a layer inside the
+    without parametrisation or activation of their own. MixedRankLinear, and hooks of any kind on a module inside the
     block (peft, accelerate), leave it as it is.
 
-    Modules, parameters and state_dict stay the same: only the class of a block changes, so hooks on the block itself,
-    checkpoints and optimisers go on. The modules inside are no longer called. A hook put on one of them later, or
-    another module in its place, sends the block back to its original forward; so does every call that the operators do
-    not cover: attention weights asked for, a cache, cross-attention, a decoder, attention implementations other than
-    "eager" and "sdpa". Training works, with the model's dropouts.
+    Modules, parameters and state_dict stay the same: only classes change, that of the attention module and that of the
+    layer, so hooks on these two, checkpoints and optimisers go on. The modules inside a block are no longer called. A
+    hook put on one of them later, or another module in its place, sends the block back to its original forward; so does
+    every call that the operators do not cover: attention weights asked for, a cache, cross-attention, a decoder,
+    attention implementations other than "eager" and "sdpa". Training works, with the model's dropouts.
 
     Args:
         model: a transformers model, or anything that holds encoder layers of one.
 
     Returns:
-        The names of all blocks that are fused now, in the order of the model. Where a feed-forward block is two
-        modules, it goes by the second's.
+        The names of all modules that are fused now, in the order of the model: attention modules ("...attention") and
+        layers. A layer of BERT's kind runs its feed-forward block fused, one of DistilBERT both blocks.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
@@ -160,9 +60,9 @@ def fuse(model: nn.Module) -> list[str]:
     """
     _check_module(model)
     for layer in list(model.modules()):
-        paths = LAYERS.get(_key(type(layer)))
-        if paths is not None:
-            _fuse_layer(layer, paths)
+        family = LAYERS.get(_key(type(layer)))
+        if family is not None:
+            _fuse_layer(layer, family)
     fused = _fused_names(model)
     if not fused:
         raise ValueError(
@@ -173,19 +73,18 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Give every block that :func:`fuse` changed its own forward back, in place.
+    """Give every module that :func:`fuse` changed its own class back, in place.
 
     Returns:
-        The names of the blocks, as :func:`fuse` gave them; none if ``model`` is not fused.
+        The names of these modules, as :func:`fuse` gave them; none if ``model`` is not fused.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
     """
     _check_module(model)
     names = _fused_names(model)
-    for module in model.modules():
-        if isinstance(module, _Fused):
-            module._restore()
+    for name in names:
+        model.get_submodule(name)._restore()
     return names
 
 
@@ -195,44 +94,101 @@ def _check_module(model: nn.Module) -> None:
 
 
 def _fused_names(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _Fused) and not isinstance(module, _FusedFirst)
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, _Fused)]
 
 
 def _key(cls: type) -> str:
+    """ "modeling_bert.BertLayer" and the like; a fused class has its original's."""
+    cls = getattr(cls, "_original", cls)
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"
 
 
-def _fuse_layer(layer: nn.Module, paths: LayerPaths) -> None:
-    if paths.whole:
-        attention, feed_forward = AttentionParts(layer, paths), FeedForwardParts(layer, layer, paths)
-        if attention.ready() and feed_forward.ready():
-            _change_class(layer, _FusedLayer, paths)
-        return
-    if paths.attention is not None:
-        attention = getattr(layer, paths.attention)
-        if not isinstance(attention, _Fused) and AttentionParts(attention, paths).ready():
-            _change_class(attention, _FusedAttention, paths)
-    first, second = getattr(layer, paths.first), getattr(layer, paths.second)
-    if not isinstance(first, _Fused) and _unhooked(first) and FeedForwardParts(first, second, paths).ready():
-        _change_class(first, _FusedFirst, paths)
-        _change_class(second, _FusedSecond, paths)
-        second.__dict__["_first"] = (first,)  # in a tuple it is no second owner of its parameters
+def _fuse_layer(layer: nn.Module, family: Family) -> None:
+    if family.attention_module is not None:
+        attention = getattr(layer, family.attention_module)
+        if AttentionParts(attention, family).ready():
+            _change_class(attention, _FusedAttention, family)
+    if family.form.fusible(layer, family):
+        _change_class(layer, family.form, family)
+
+
+def _change_class(module: nn.Module, form: type[_Fused], family: Family) -> None:
+    if not isinstance(module, _Fused):
+        module.__class__ = _fused_class(type(module), form, family)
+        module._prepare()
+
+
+@functools.cache
+def _fused_class(original: type, form: type[_Fused], family: Family) -> type:
+    body = {"_original": original, "_form": form, "_family": family, "__module__": __name__, "__doc__": form.__doc__}
+    return type(f"Fused{original.__name__}", (form, original), body)
+
+
+def _empty(original: type, form: type[_Fused], layer: str) -> _Fused:
+    """For pickle: a fused module without its state."""
+    cls = _fused_class(original, form, LAYERS[layer])
+    return cls.__new__(cls)
+
+
+@dataclass(frozen=True)
+class AttentionPaths:
+    """Where the parts of an attention block are.
+
+    ``inner`` has the configuration and the probabilities' dropout; ``skipped`` are modules that the operator runs
+    without calling them.
+    """
+
+    q: str
+    k: str
+    v: str
+    o: str
+    norm: str
+    dropout: str | None
+    inner: str
+    heads: str
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FeedForwardPaths:
+    """Where the parts of a feed-forward block are, inside the layer; ``skipped`` as for attention."""
+
+    first: str
+    activation: str
+    second: str
+    norm: str
+    dropout: str
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the layers of one kind of encoder are fused.
+
+    Args:
+        layer: the layer's module and class, its key in ``LAYERS``.
+        form: goes before the layer's class.
+        feed_forward: paths inside the layer.
+        attention: paths inside ``attention_module``, or inside the layer if there is none. Default: not fused.
+        attention_module: the child of the layer that is one attention block. Default: none, the layer runs it.
+    """
+
+    layer: str
+    form: type[_Fused]
+    feed_forward: FeedForwardPaths
+    attention: AttentionPaths | None = None
+    attention_module: str | None = None
 
 
 class AttentionParts:
     """The modules of an attention block, looked up anew for each call: anyone may replace them."""
 
-    def __init__(self, block: nn.Module, paths: LayerPaths) -> None:
-        where = paths.attention_parts
-        self.projections = attrgetter(where.q, where.k, where.v)(block)
-        self.o = attrgetter(where.o)(block)
-        self.norm, self.inner, self.heads = attrgetter(where.norm, where.inner, where.heads)(block)
-        self.dropout = None if where.dropout is None else attrgetter(where.dropout)(block)
-        self.skipped = [attrgetter(path)(block) for path in where.skipped]
+    def __init__(self, block: nn.Module, family: Family) -> None:
+        paths = family.attention
+        self.projections = attrgetter(paths.q, paths.k, paths.v)(block)
+        self.o, self.norm, self.inner, self.heads = attrgetter(paths.o, paths.norm, paths.inner, paths.heads)(block)
+        self.dropout = None if paths.dropout is None else attrgetter(paths.dropout)(block)
+        self.skipped = [attrgetter(path)(block) for path in paths.skipped]
 
     def ready(self) -> bool:
         """Whether the operator computes what these modules do."""
@@ -260,8 +216,7 @@ class AttentionParts:
             return True
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             return False
-        # The eager implementation adds the mask, whatever its type.
-        if mask.dtype == torch.bool:
+        if mask.dtype == torch.bool:  # the eager implementation adds the mask, whatever its type
             return config._attn_implementation == "sdpa"
         return mask.dtype in (x.dtype, torch.float32)
 
@@ -285,11 +240,11 @@ class AttentionParts:
 class FeedForwardParts:
     """The modules of a feed-forward block, looked up anew for each call."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, paths: LayerPaths) -> None:
-        where = paths.feed_forward_parts
-        self.first, self.activation = attrgetter(where.first, where.activation)(first)
-        self.second, self.norm, self.dropout = attrgetter(where.second, where.norm, where.dropout)(second)
-        self.skipped = [attrgetter(path)(second) for path in where.skipped]
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        paths = family.feed_forward
+        self.first, self.activation, self.second = attrgetter(paths.first, paths.activation, paths.second)(layer)
+        self.norm, self.dropout = attrgetter(paths.norm, paths.dropout)(layer)
+        self.skipped = [attrgetter(path)(layer) for path in paths.skipped]
 
     def ready(self) -> bool:
         """Whether the operator computes what these modules do."""
@@ -300,20 +255,20 @@ class FeedForwardParts:
             and all(map(_unhooked, (self.activation, *self.skipped)))
         )
 
-    def run(self, x: Tensor, residual: Tensor) -> Tensor:
-        """norm(dropout(second(act(first(x)))) + residual)."""
+    def run(self, x: Tensor) -> Tensor:
+        """norm(dropout(second(act(first(x)))) + x)."""
         return run_ffn(
             x,
             self.first,
             self.second,
             activation=ACTIVATIONS[type(self.activation).__name__],
-            residual=residual,
+            residual=x,
             norm=self.norm,
             dropout=self.dropout,
         )
 
 
-def _plain_linears(linears: tuple[nn.Module, ...]) -> bool:
+def _plain_linears(linears: Iterable[nn.Module]) -> bool:
     """Whether these are low-rank layers and nothing else: a parametrisation changes the class."""
     return all(
         type(linear) is LowRankSparseLinear and linear.activation is None and _unhooked(linear) for linear in linears
@@ -344,41 +299,45 @@ def _unhooked(module: nn.Module) -> bool:
 
 
 class _Fused:
-    """Goes before a block's class; everything but forward stays that of the block.
+    """Goes before a module's class and changes its forward; everything else stays.
 
-    Changing the class and not the module (as parametrisations and FSDP2 do) keeps hooks, training mode and whoever
-    holds a reference to the module.
+    Changing the class and not the module (as parametrisations and FSDP2 do) keeps hooks, training mode, gradient
+    checkpointing, and whoever holds a reference to the module or looks for its class.
     """
 
     _original: type
     _form: type
-    _paths: LayerPaths
+    _family: Family
+
+    def _prepare(self) -> None:
+        """After the class has changed."""
 
     def _restore(self) -> None:
         self.__class__ = self._original
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time, so pickle cannot find it by name.
-        return _empty, (self._original, self._form, self._paths), self.__dict__
+        # The class is made at run time: pickle cannot find it by name.
+        return _empty, (self._original, self._form, self._family.layer), self.__dict__
 
 
 class _Packed(_Fused):
     """With attention in it: its three matrices stay together in memory."""
 
-    def _parts(self) -> AttentionParts:
-        return AttentionParts(self, self._paths)
+    def _prepare(self) -> None:
+        self._packed = PackedProjections()
+        self._pack()
 
     def _pack(self) -> None:
-        projections = self._parts().projections
+        projections = AttentionParts(self, self._family).projections
         if _plain_linears(projections):
             self._packed.pack(*projections)
 
     def _restore(self) -> None:
-        projections = self._parts().projections
+        projections = AttentionParts(self, self._family).projections
         if _plain_linears(projections):
             self._packed.unpack(*projections)
-        super()._restore()
         del self._packed
+        super()._restore()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -394,62 +353,117 @@ class _FusedAttention(_Packed):
     """attention(x, mask) -> (output, None)."""
 
     def forward(self, hidden_states, attention_mask=None, *arguments, **options):
-        parts = self._parts()
-        extra = {str(index): value for index, value in enumerate(arguments)} | options
+        parts = AttentionParts(self, self._family)
+        extra = options | {str(index): value for index, value in enumerate(arguments)}
         if not parts.ready() or not parts.covers(hidden_states, attention_mask, extra):
             return super().forward(hidden_states, attention_mask, *arguments, **options)
         return parts.run(hidden_states, attention_mask, self._packed), None
 
 
-class _FusedLayer(_Packed):
-    """layer(x, mask) -> output."""
+class _FeedForwardFused(_Fused):
+    """A layer whose feed-forward block is fused."""
+
+    @staticmethod
+    def fusible(layer: nn.Module, family: Family) -> bool:
+        return FeedForwardParts(layer, family).ready()
+
+
+class _FusedBertLayer(_FeedForwardFused):
+    """The feed-forward block is a method, feed_forward_chunk(x) -> output."""
+
+    def feed_forward_chunk(self, attention_output):
+        parts = FeedForwardParts(self, self._family)
+        return parts.run(attention_output) if parts.ready() else super().feed_forward_chunk(attention_output)
+
+
+class _FusedDebertaLayer(_FeedForwardFused):
+    """layer(x, mask) -> (output, attention weights or None)."""
+
+    def forward(self, hidden_states, attention_mask, *arguments, **options):
+        parts = FeedForwardParts(self, self._family)
+        if arguments or not parts.ready():
+            return super().forward(hidden_states, attention_mask, *arguments, **options)
+        attention_output, weights = self.attention(hidden_states, attention_mask, **options)
+        return parts.run(attention_output), weights
+
+
+class _FusedDistilBertLayer(_Packed):
+    """layer(x, mask) -> output, both blocks fused."""
+
+    @staticmethod
+    def fusible(layer: nn.Module, family: Family) -> bool:
+        return AttentionParts(layer, family).ready() and FeedForwardParts(layer, family).ready()
 
     def forward(self, hidden_states, attention_mask=None, **options):
-        attention, feed_forward = self._parts(), FeedForwardParts(self, self, self._paths)
+        attention, feed_forward = AttentionParts(self, self._family), FeedForwardParts(self, self._family)
         ready = attention.ready() and feed_forward.ready()
         if not ready or not attention.covers(hidden_states, attention_mask, options):
             return super().forward(hidden_states, attention_mask, **options)
-        x = attention.run(hidden_states, attention_mask, self._packed)
-        return feed_forward.run(x, x)
+        return feed_forward.run(attention.run(hidden_states, attention_mask, self._packed))
 
 
-class _FusedFirst(_Fused):
-    """Hands its input on to the second module of the block, which runs both."""
+_BERT_FEED_FORWARD = FeedForwardPaths(
+    first="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    second="output.dense",
+    norm="output.LayerNorm",
+    dropout="output.dropout",
+    skipped=("intermediate", "output"),
+)
+_BERT = functools.partial(
+    Family,
+    form=_FusedBertLayer,
+    feed_forward=_BERT_FEED_FORWARD,
+    attention=AttentionPaths(
+        q="self.query",
+        k="self.key",
+        v="self.value",
+        o="output.dense",
+        norm="output.LayerNorm",
+        dropout="output.dropout",
+        inner="self",
+        heads="self.num_attention_heads",
+        skipped=("self", "output"),
+    ),
+    attention_module="attention",
+)
+# Its attention reads relative positions.
+_DEBERTA = functools.partial(Family, form=_FusedDebertaLayer, feed_forward=_BERT_FEED_FORWARD)
 
-    def forward(self, hidden_states):
-        return hidden_states if _unhooked(self) else super().forward(hidden_states)
-
-
-class _FusedSecond(_Fused):
-    """second(x, residual): the whole block."""
-
-    def forward(self, hidden_states, input_tensor):
-        first = self._first[0]
-        if not _unhooked(first):
-            return super().forward(hidden_states, input_tensor)
-        parts = FeedForwardParts(first, self, self._paths)
-        if parts.ready():
-            return parts.run(hidden_states, input_tensor)
-        return super().forward(first._original.forward(first, hidden_states), input_tensor)
-
-    def _restore(self) -> None:
-        super()._restore()
-        del self.__dict__["_first"]
-
-
-def _change_class(module: nn.Module, form: type[_Fused], paths: LayerPaths) -> None:
-    module.__class__ = _fused_class(type(module), form, paths)
-    if isinstance(module, _Packed):
-        module._packed = PackedProjections()
-        module._pack()
-
-
-@functools.cache
-def _fused_class(original: type, form: type[_Fused], paths: LayerPaths) -> type:
-    body = {"_original": original, "_form": form, "_paths": paths, "__module__": __name__, "__doc__": form.__doc__}
-    return type(f"Fused{original.__name__}", (form, original), body)
-
-
-def _empty(original: type, form: type[_Fused], paths: LayerPaths) -> _Fused:
-    cls = _fused_class(original, form, paths)
-    return cls.__new__(cls)
+#: module and class of an encoder layer in transformers -> where its parts are
+LAYERS = {
+    family.layer: family
+    for family in (
+        _BERT("modeling_bert.BertLayer"),
+        _BERT("modeling_roberta.RobertaLayer"),
+        _BERT("modeling_xlm_roberta.XLMRobertaLayer"),
+        _BERT("modeling_camembert.CamembertLayer"),
+        _BERT("modeling_electra.ElectraLayer"),
+        _BERT("modeling_ernie.ErnieLayer"),
+        _DEBERTA("modeling_deberta.DebertaLayer"),
+        _DEBERTA("modeling_deberta_v2.DebertaV2Layer"),
+        Family(
+            "modeling_distilbert.TransformerBlock",
+            form=_FusedDistilBertLayer,
+            attention=AttentionPaths(
+                q="attention.q_lin",
+                k="attention.k_lin",
+                v="attention.v_lin",
+                o="attention.out_lin",
+                norm="sa_layer_norm",
+                dropout=None,
+                inner="attention",
+                heads="attention.n_heads",
+                skipped=("attention",),
+            ),
+            feed_forward=FeedForwardPaths(
+                first="ffn.lin1",
+                activation="ffn.activation",
+                second="ffn.lin2",
+                norm="output_layer_norm",
+                dropout="ffn.dropout",
+                skipped=("ffn",),
+            ),
+        ),
+    )
+}
