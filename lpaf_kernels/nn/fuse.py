@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ ACTIVATIONS = {
 _NORMS = ("LayerNorm", "DebertaLayerNorm")
 # What a caller may pass down that no attention reads.
 _UNREAD = ("position_ids", "output_hidden_states", "return_dict", "num_items_in_batch")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -106,7 +104,7 @@ def _key(cls: type) -> str:
 def _fuse_layer(layer: nn.Module, family: Family) -> None:
     if family.attention_module is not None:
         attention = getattr(layer, family.attention_module)
-        if AttentionParts(attention, family).ready():
+        if _stock(attention, family) and AttentionParts(attention, family).ready():
             _change_class(attention, _FusedAttention, family)
     if family.form.fusible(layer, family):
         _change_class(layer, family.form, family)
@@ -134,8 +132,8 @@ def _empty(original: type, form: type[_Fused], layer: str) -> _Fused:
 class AttentionPaths:
     """Where the parts of an attention block are.
 
-    ``inner`` has the configuration and the probabilities' dropout; ``skipped`` are modules that the operator runs
-    without calling them.
+    ``inner`` has the configuration, the probabilities' dropout and, as ``heads``, their number; ``skipped`` are modules
+    that the operator runs without calling them, ``inner`` among them.
     """
 
     q: str
@@ -185,19 +183,24 @@ class AttentionParts:
 
     def __init__(self, block: nn.Module, family: Family) -> None:
         paths = family.attention
-        self.projections = attrgetter(paths.q, paths.k, paths.v)(block)
-        self.o, self.norm, self.inner, self.heads = attrgetter(paths.o, paths.norm, paths.inner, paths.heads)(block)
-        self.dropout = None if paths.dropout is None else attrgetter(paths.dropout)(block)
-        self.skipped = [attrgetter(path)(block) for path in paths.skipped]
+        self.projections = (_child(block, paths.q), _child(block, paths.k), _child(block, paths.v))
+        self.o = _child(block, paths.o)
+        self.norm = _child(block, paths.norm)
+        self.dropout = None if paths.dropout is None else _child(block, paths.dropout)
+        self.inner = _child(block, paths.inner)
+        self.heads = getattr(self.inner, paths.heads, None)
+        self.skipped = [_child(block, path) for path in paths.skipped]
+        self.family = family
 
     def ready(self) -> bool:
         """Whether the operator computes what these modules do."""
+        if not _plain_containers(self.skipped, self.family):
+            return False
         inner = self.inner
-        dropouts = [dropout for dropout in (self.dropout, inner.dropout) if dropout is not None]
+        dropouts = (inner.dropout,) if self.dropout is None else (inner.dropout, self.dropout)
         return (
             _plain_linears((*self.projections, self.o))
             and _plain(self.norm, dropouts)
-            and all(map(_unhooked, self.skipped))
             and not getattr(inner, "is_decoder", False)
             and not getattr(inner, "is_causal", True)
             and getattr(inner, "position_embedding_type", None) in (None, "absolute")
@@ -242,17 +245,22 @@ class FeedForwardParts:
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         paths = family.feed_forward
-        self.first, self.activation, self.second = attrgetter(paths.first, paths.activation, paths.second)(layer)
-        self.norm, self.dropout = attrgetter(paths.norm, paths.dropout)(layer)
-        self.skipped = [attrgetter(path)(layer) for path in paths.skipped]
+        self.first = _child(layer, paths.first)
+        self.activation = _child(layer, paths.activation)
+        self.second = _child(layer, paths.second)
+        self.norm = _child(layer, paths.norm)
+        self.dropout = _child(layer, paths.dropout)
+        self.skipped = [_child(layer, path) for path in paths.skipped]
+        self.family = family
 
     def ready(self) -> bool:
         """Whether the operator computes what these modules do."""
         return (
-            type(self.activation).__name__ in ACTIVATIONS
+            _plain_containers(self.skipped, self.family)
             and _plain_linears((self.first, self.second))
-            and _plain(self.norm, [self.dropout])
-            and all(map(_unhooked, (self.activation, *self.skipped)))
+            and _plain(self.norm, (self.dropout,))
+            and type(self.activation).__name__ in ACTIVATIONS
+            and _unhooked(self.activation)
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -268,6 +276,13 @@ class FeedForwardParts:
         )
 
 
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """What get_submodule finds, without its checks: this runs at every call."""
+    for name in path.split("."):
+        module = module._modules.get(name)
+    return module
+
+
 def _plain_linears(linears: Iterable[nn.Module]) -> bool:
     """Whether these are low-rank layers and nothing else: a parametrisation changes the class."""
     return all(
@@ -275,7 +290,17 @@ def _plain_linears(linears: Iterable[nn.Module]) -> bool:
     )
 
 
-def _plain(norm: nn.Module, dropouts: list[nn.Module]) -> bool:
+def _plain_containers(modules: Iterable[nn.Module], family: Family) -> bool:
+    return all(_stock(module, family) and _unhooked(module) for module in modules)
+
+
+def _stock(module: nn.Module, family: Family) -> bool:
+    """Whether the class of ``module`` is from the file of the layer's: another one's forward may do anything."""
+    cls = getattr(type(module), "_original", type(module))
+    return cls.__module__.rpartition(".")[2] == family.layer.partition(".")[0]
+
+
+def _plain(norm: nn.Module, dropouts: Iterable[nn.Module]) -> bool:
     return (
         type(norm).__name__ in _NORMS
         and norm.weight is not None
@@ -289,13 +314,15 @@ def _unhooked(module: nn.Module) -> bool:
 
     transformers' own hooks, which collect attention weights, do not count: they wait until somebody asks for them.
     """
-    if "forward" in module.__dict__:
+    if (
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
         return False
-    return not any(
-        getattr(hook, "__name__", "") != "output_capturing_hook"
-        for kind in _HOOKS
-        for hook in getattr(module, kind).values()
-    )
+    hooks = module._forward_hooks
+    return not hooks or all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks.values())
 
 
 class _Fused:
@@ -422,7 +449,7 @@ _BERT = functools.partial(
         norm="output.LayerNorm",
         dropout="output.dropout",
         inner="self",
-        heads="self.num_attention_heads",
+        heads="num_attention_heads",
         skipped=("self", "output"),
     ),
     attention_module="attention",
@@ -453,7 +480,7 @@ LAYERS = {
                 norm="sa_layer_norm",
                 dropout=None,
                 inner="attention",
-                heads="attention.n_heads",
+                heads="n_heads",
                 skipped=("attention",),
             ),
             feed_forward=FeedForwardPaths(

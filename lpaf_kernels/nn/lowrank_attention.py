@@ -252,17 +252,20 @@ def _is_movable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _is_laid_out(whole: Tensor | None, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the tensors fill ``whole`` one after the other."""
+    """Whether the tensors fill ``whole`` one after the other.
+
+    While ``whole`` is there, nothing else can have an address inside it.
+    """
     if whole is None:
         return False
-    end = whole.data_ptr()
+    begin, size, end = whole.data_ptr(), whole.element_size(), 0
     for tensor in tensors:
-        if type(tensor) is not nn.Parameter or tensor.dtype != whole.dtype or tensor.device != whole.device:
+        if type(tensor) is not nn.Parameter or tensor.data_ptr() != begin + size * end:
             return False
-        if tensor.data_ptr() != end or not tensor.is_contiguous():
+        if tensor.dtype != whole.dtype or not tensor.is_contiguous():
             return False
-        end += tensor.nbytes
-    return end == whole.data_ptr() + whole.nbytes
+        end += tensor.numel()
+    return end == whole.numel()
 
 
 def _joined(whole: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from lpaf.cli import main
 from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
 from lpaf.models.quantizer import compression_config
 from lpaf.models.targets import encoder_linears
-from lpaf_kernels import LowRankSparseLinear, MixedRankLinear, fuse, swap_linears, unfuse
+from lpaf_kernels import MixedRankLinear, fuse, swap_linears, unfuse
 from tiny import build, write_model
 
 IDS = torch.randint(5, 40, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -121,6 +121,17 @@ def test_error_is_within_twice_the_unfused(model_type, implementation, dtype, co
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "deberta-v2"])
+def test_autocast(model_type):
+    model = small(model_type)
+    exact = logits(copy.deepcopy(model).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        chain, states = logits(model), model.base_model(**INPUTS)[0]
+        fuse(model)
+        check_accurate(logits(model), chain, exact)
+        assert model.base_model(**INPUTS)[0].dtype == states.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "deberta-v2"])
 def test_training_gives_the_same_gradients(model_type, count):
     model = small(model_type).double().train()
     other = copy.deepcopy(model)
@@ -165,10 +176,6 @@ def test_dropouts_are_those_of_the_model(model_type, name, count):
     assert count
 
 
-def first_linear(model: nn.Module) -> LowRankSparseLinear:
-    return next(module for module in model.modules() if isinstance(module, LowRankSparseLinear))
-
-
 def make_dense(model: nn.Module) -> None:
     layer = layers(model)[0]
     layer.attention.self.query = layer.attention.self.query.to_dense()
@@ -192,13 +199,24 @@ def make_hooked_norm(model: nn.Module) -> None:
     layers(model)[0].attention.output.LayerNorm.register_forward_pre_hook(lambda *_: None)
 
 
+def make_subclass(model: nn.Module) -> None:
+    """As adapter libraries do: the same parts, another forward."""
+    output = layers(model)[0].attention.output
+
+    class Scaled(type(output)):
+        def forward(self, hidden_states, input_tensor):
+            return 2 * super().forward(hidden_states, input_tensor)
+
+    output.__class__ = Scaled
+
+
 def make_offloaded(model: nn.Module) -> None:
     """As accelerate does: forward is put on the instance."""
     linear = layers(model)[0].attention.self.query
     linear.forward = lambda x, _forward=linear.forward: _forward(x)
 
 
-CHANGES = [make_dense, make_mixed, make_parametrised, make_hooked, make_hooked_norm, make_offloaded]
+CHANGES = [make_dense, make_mixed, make_parametrised, make_hooked, make_hooked_norm, make_subclass, make_offloaded]
 
 
 @pytest.mark.parametrize("change", CHANGES)
