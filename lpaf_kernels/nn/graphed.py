@@ -96,7 +96,8 @@ class GraphRunner:
         key = (*sorted((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in inputs.items()),)
         if key not in self._graphs:
             static = {name: tensor.clone() for name, tensor in inputs.items()}
-            graph, logits = capture(lambda: self.model(**static).logits)
+            with torch.cuda.device(inputs["input_ids"].device):
+                graph, logits = capture(lambda: self.model(**static).logits)
             self._graphs[key] = graph, static, logits
         graph, static, logits = self._graphs[key]
         for name, tensor in inputs.items():
