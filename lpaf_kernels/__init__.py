@@ -7,6 +7,10 @@ import torch
 from ._library import NATIVE
 from ._version import __version__
 from .nn.fold import fold_kept
+from .nn.fuse import fuse, unfuse
+from .nn.graphed import GraphRunner
+from .nn.lowrank_attention import LowRankAttention
+from .nn.lowrank_ffn import LowRankFFN
 from .nn.lowrank_sparse_linear import LowRankSparseLinear
 from .nn.masked_linear import MaskedLinear
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
@@ -21,7 +25,10 @@ from .ops.weighted_svd import weighted_svd
 from .tuning.dispatch import explain, use_provider
 
 __all__ = [
+    "GraphRunner",
     "KeepThreshold",
+    "LowRankAttention",
+    "LowRankFFN",
     "LowRankSparseLinear",
     "MaskedLinear",
     "MixedRankLinear",
@@ -32,6 +39,7 @@ __all__ = [
     "draw_paths",
     "explain",
     "fold_kept",
+    "fuse",
     "keep_threshold",
     "lowrank_attention",
     "lowrank_ffn",
@@ -39,6 +47,7 @@ __all__ = [
     "masked_linear",
     "packed_lowrank_sparse_linear",
     "swap_linears",
+    "unfuse",
     "use_provider",
     "weighted_svd",
 ]

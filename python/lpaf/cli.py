@@ -36,6 +36,9 @@ GROUPS = {
 }
 
 
+FUSE_HELP = "run every attention and feed-forward block of the compressed model as one operator"
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit status 2."""
 
@@ -110,6 +113,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples per batch")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--predictions", metavar="FILE", help="also write label and logits of every example (jsonl)")
+    parser.add_argument("--fuse", action="store_true", help=FUSE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -126,8 +130,13 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         device=arguments.device,
         predictions=arguments.predictions,
+        fuse=arguments.fuse,
     )
     print(json.dumps(result, indent=1)) if arguments.json else show(metrics_table(result["metrics"]))
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _numbers(text: str) -> list[int]:
@@ -158,6 +167,14 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of both models"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--fuse", action="store_true", help=f"{FUSE_HELP} (of --model, not of --against)")
+    parser.add_argument(
+        "--mode",
+        type=_words,
+        default=["eager"],
+        metavar="MODE,MODE",
+        help="how both models are called: eager, compiled (torch.compile), graphed (CUDA graphs) (default: eager)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -184,6 +201,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         dtype=arguments.dtype,
         device=arguments.device,
+        fuse=arguments.fuse,
+        modes=arguments.mode,
     )
     print(json.dumps(rows, indent=1)) if arguments.json else show(bench_table(bench_lines(rows)))
 

@@ -14,7 +14,10 @@ import lpaf_kernels
 from lpaf_kernels import _library
 
 PUBLIC = [
+    "GraphRunner",
     "KeepThreshold",
+    "LowRankAttention",
+    "LowRankFFN",
     "LowRankSparseLinear",
     "MaskedLinear",
     "MixedRankLinear",
@@ -25,6 +28,7 @@ PUBLIC = [
     "draw_paths",
     "explain",
     "fold_kept",
+    "fuse",
     "keep_threshold",
     "lowrank_attention",
     "lowrank_ffn",
@@ -32,6 +36,7 @@ PUBLIC = [
     "masked_linear",
     "packed_lowrank_sparse_linear",
     "swap_linears",
+    "unfuse",
     "use_provider",
     "weighted_svd",
 ]

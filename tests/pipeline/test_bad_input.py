@@ -370,6 +370,12 @@ def test_bench_longer_than_the_model_is_refused(tiny_model, capsys):
     refused(capsys, ["bench", "--model", str(tiny_model), "--length", "512"], "--length 512", "32")
 
 
+def test_bench_modes_that_do_not_exist_are_refused(tiny_model, capsys):
+    refused(capsys, ["bench", "--model", str(tiny_model), "--mode", "eager,fast"], "--mode fast", "graphed")
+    graphed = ["bench", "--model", str(tiny_model), "--mode", "graphed", "--device", "cpu"]
+    refused(capsys, graphed, "--mode graphed", "NVIDIA GPU")
+
+
 def test_a_real_process_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "lpaf", "compress", "--model", "m", "--task", "t", "--output", "o", "--rank", "0"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

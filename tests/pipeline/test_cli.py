@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from lpaf.cli import COMMANDS, main
@@ -12,7 +13,7 @@ from lpaf.models.checkpoint import load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
 from lpaf.recipes.methods import METHODS
 from lpaf.recipes.options import CompressOptions, flag
-from lpaf_kernels import swap_linears
+from lpaf_kernels import fuse, swap_linears
 from tiny import write_model
 
 
@@ -63,6 +64,7 @@ def test_bench_times_every_cell(small, capsys):
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["batch"], row["length"]) for row in rows] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert {row["mode"] for row in rows} == {"eager"}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["against_ms"] / row["model_ms"])
         assert row["model_macs"] < row["against_macs"]
@@ -77,6 +79,31 @@ def test_bench_against_a_directory_prints_a_table(small, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "median" in out
     assert "speed" in out
+
+
+def test_bench_times_a_model_fused_against_itself(small, monkeypatch, capsys):
+    fused = []
+    monkeypatch.setattr("lpaf_kernels.fuse", lambda model: fused.append(model) or fuse(model))
+    arguments = ["bench", "--model", str(small), "--against", str(small), "--fuse", "--length", "8", "--rounds", "2"]
+    assert main([*arguments, "--batch", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert len(fused) == 1
+    assert (row["model"], row["against"]) == (f"{small} (fused)", str(small))
+    assert row["encoder_ratio"] == 1
+    assert main(arguments) == 0
+    assert "eager" in capsys.readouterr().out
+
+
+def test_bench_calls_the_models_as_asked(small, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    arguments = ["bench", "--model", str(small), "--batch", "1", "--length", "8,16", "--rounds", "2", "--json"]
+    assert main([*arguments, "--mode", "eager,compiled"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["mode"], row["length"]) for row in rows] == [
+        ("eager", 8), ("eager", 16), ("compiled", 8), ("compiled", 16),
+    ]  # fmt: skip
+    assert len(compiled) == 4
 
 
 def test_evaluate_prints_json(small, tiny_data, capsys):

@@ -383,6 +383,7 @@ def test_tables_fit_80_columns(run, tmp_path, terminal_width):
     bench = [
         {
             "model": "a/very/long/path/to/some/model" * 2,
+            "mode": "compiled",
             "batch": 8,
             "length": 128,
             "latency_ms": 81.44,

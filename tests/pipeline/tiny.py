@@ -1,14 +1,59 @@
-"""Builders of a tiny model and a tiny task: random weights, word-level vocabulary, sentences of good and bad words."""
+"""Builders of tiny models and a tiny task: random weights, word-level vocabulary, sentences of good and bad words."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 GOOD = ("good", "great", "lovely", "fine", "warm", "bright")
 BAD = ("bad", "awful", "dull", "cold", "grim", "weak")
 FILLER = ("the", "film", "is", "a", "very", "story", "and", "with", "plot", "cast", "of", "an", "this", "was")
+
+LAYERS = 2
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+# What a model type's configuration wants beyond, or instead of, the usual names.
+SPECIAL = {
+    "distilbert": {"dim": 32, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 48},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4},
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
+    "albert": {"embedding_size": 16, "num_hidden_groups": 1},
+    "layoutlm": {"max_2d_position_embeddings": 64},
+    "electra": {"embedding_size": 16},
+    "modernbert": {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "global_attn_every_n_layers": 1,
+    },
+}
+
+
+def build(model_type: str) -> torch.nn.Module:
+    """A small sequence classifier of this type with random weights."""
+    import torch
+    import transformers
+
+    options = dict(SMALL)
+    if model_type == "distilbert":
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            options.pop(name)
+    config = transformers.AutoConfig.for_model(model_type, **options, **SPECIAL.get(model_type, {}))
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
 def write_model(directory: Path, architecture: str = "bert", layers: int = 2) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..errors import InputError
 from ..models.checkpoint import load_classifier, load_config
 from ..models.count import encoder_params, forward_macs
 from ..models.device import device_name, resolve_device
-from .latency import interleaved_latency
+from .latency import MODES, interleaved_latency
 
 RANDOM_TWIN = "dense (random weights)"
 
@@ -33,27 +34,38 @@ def bench(
     threads: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    fuse: bool = False,
+    modes: list[str] | tuple[str, ...] = ("eager",),
 ) -> list[dict[str, Any]]:
-    """One row per (batch, length): milliseconds of both models, and how much faster ``model`` is.
+    """One row per (mode, batch, length): milliseconds of both models, and how much faster ``model`` is.
 
-    Both run eagerly with scaled-dot-product attention on the same inputs, in turns.
+    Both run with scaled-dot-product attention on the same inputs, in turns.
+
+    Args:
+        fuse: fuse ``model`` (not ``against``), see :func:`lpaf_kernels.fuse`. Default: False.
+        modes: names in ``latency.MODES``. Default: "eager".
 
     Raises:
-        InputError: bad model, device or size.
+        InputError: bad model, device, mode or size.
     """
     for name, value in (("--rounds", rounds), ("--threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
+    for mode in modes:
+        if mode not in MODES:
+            raise InputError(f"--mode {mode}: expected {', '.join(MODES)}")
     target = resolve_device(device)
+    if "graphed" in modes and target != "cuda":
+        raise InputError("--mode graphed: CUDA graphs need an NVIDIA GPU; leave it out, or pass --device cuda")
     config = load_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and max(lengths) > limit:
         raise InputError(f"--length {max(lengths)}: the model takes at most {limit} tokens")
-    other = against or RANDOM_TWIN
     models = {
-        other: dense_twin(model) if against is None else load_classifier(against, flag="--against"),
-        model: load_classifier(model),
+        "against": dense_twin(model) if against is None else load_classifier(against, flag="--against"),
+        "model": load_classifier(model, fuse=fuse),
     }
+    names = {"against": against or RANDOM_TWIN, "model": f"{model} (fused)" if fuse else model}
     for module in models.values():
         module.to(device=target, dtype=getattr(torch, dtype))
     before = torch.get_num_threads()
@@ -61,29 +73,28 @@ def bench(
         torch.set_num_threads(threads)
     rows = []
     try:
-        for batch in batches:
-            for length in lengths:
-                times = interleaved_latency(models, batch, length, rounds=rounds)
-                rows.append(
-                    {
-                        "model": model,
-                        "against": other,
-                        "batch": batch,
-                        "length": length,
-                        "model_ms": times[model].median,
-                        "against_ms": times[other].median,
-                        "speedup": times[other].median / times[model].median,
-                        "model_p20_p80": [times[model].p20, times[model].p80],
-                        "against_p20_p80": [times[other].p20, times[other].p80],
-                        "model_macs": forward_macs(models[model], length) * batch,
-                        "against_macs": forward_macs(models[other], length) * batch,
-                        "encoder_ratio": encoder_params(models[model]) / encoder_params(models[other]),
-                        "device": device_name(target),
-                        "dtype": dtype,
-                        "threads": torch.get_num_threads(),
-                        "rounds": rounds,
-                    }
-                )
+        for mode, batch, length in itertools.product(modes, batches, lengths):
+            times = interleaved_latency(models, batch, length, rounds=rounds, mode=mode)
+            rows.append(
+                {
+                    **names,
+                    "mode": mode,
+                    "batch": batch,
+                    "length": length,
+                    "model_ms": times["model"].median,
+                    "against_ms": times["against"].median,
+                    "speedup": times["against"].median / times["model"].median,
+                    "model_p20_p80": [times["model"].p20, times["model"].p80],
+                    "against_p20_p80": [times["against"].p20, times["against"].p80],
+                    "model_macs": forward_macs(models["model"], length) * batch,
+                    "against_macs": forward_macs(models["against"], length) * batch,
+                    "encoder_ratio": encoder_params(models["model"]) / encoder_params(models["against"]),
+                    "device": device_name(target),
+                    "dtype": dtype,
+                    "threads": torch.get_num_threads(),
+                    "rounds": rounds,
+                }
+            )
     finally:
         torch.set_num_threads(before)
     return rows
@@ -95,7 +106,7 @@ def bench_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         for role in ("against", "model"):
             p20, p80 = row[f"{role}_p20_p80"]
-            line = {key: row[key] for key in ("batch", "length")}
+            line = {key: row[key] for key in ("mode", "batch", "length")}
             line |= {"model": row[role], "latency_ms": row[f"{role}_ms"], "p20": p20, "p80": p80}
             lines.append(line | {"speedup": row["speedup"] if role == "model" else 1.0})
     return lines

@@ -24,12 +24,14 @@ def evaluate_directory(
     batch_size: int = 64,
     device: str | None = None,
     predictions: str | None = None,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """Metrics of ``model`` on the validation splits of ``task``.
 
     Args:
         model: directory (compressed or dense), Hub name or short name of a classifier.
         predictions: file for one JSON line per example: split, index, label, prediction, logits.
+        fuse: run the blocks of a compressed model as one operator each. Default: False.
 
     Returns:
         {"model", "task", "metrics": {split: {metric: value}}, "examples": {split: n}}.
@@ -39,7 +41,7 @@ def evaluate_directory(
     """
     data = load_task(task, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
     target = resolve_device(device)
-    classifier = load_classifier(model)
+    classifier = load_classifier(model, fuse=fuse)
     tokenizer = load_tokenizer(model)
     data = check_labels(data, classifier.config)
     classifier.to(target)

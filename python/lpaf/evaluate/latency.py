@@ -1,15 +1,24 @@
-"""Interleaved latency of several models on the same inputs."""
+"""Interleaved latency of several models on the same inputs, called as they are, compiled, or as CUDA graphs."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from lpaf_kernels.nn.graphed import capture
+
+#: name -> how a model is called
+MODES = {
+    "eager": "call the model",
+    "compiled": "torch.compile",
+    "graphed": "replay a CUDA graph of the call",
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,24 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _call(model: nn.Module, inputs: Mapping[str, torch.Tensor], mode: str) -> Callable[[], object]:
+    """What is timed: one forward pass on these inputs."""
+    if mode == "graphed":
+        return capture(lambda: model(**inputs))[0].replay
+    if mode == "compiled":
+        model = torch.compile(model, dynamic=False)
+    return lambda: model(**inputs)
+
+
 @torch.no_grad()
 def interleaved_latency(
-    models: Mapping[str, nn.Module], batch: int, length: int, rounds: int = 20, warmup: int = 3, seed: int = 0
+    models: Mapping[str, nn.Module],
+    batch: int,
+    length: int,
+    rounds: int = 20,
+    warmup: int = 3,
+    seed: int = 0,
+    mode: str = "eager",
 ) -> dict[str, Latency]:
     """Time one forward pass of every model, one after the other in each round, on the same random token ids.
 
@@ -40,6 +64,7 @@ def interleaved_latency(
         length: tokens per sequence, no padding.
         rounds: timed rounds. Default: 20.
         warmup: untimed rounds before them. Default: 3.
+        mode: a name in ``MODES``; "graphed" needs a GPU. Default: "eager".
     """
     first = next(iter(models.values()))
     device = next(first.parameters()).device
@@ -50,11 +75,14 @@ def interleaved_latency(
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
+    if mode == "compiled":
+        torch.compiler.reset()  # every cell compiles for its own shape; the compiler gives up after a few in a row
+    calls = {name: _call(model, inputs, mode) for name, model in models.items()}
     for turn in tqdm(range(warmup + rounds), desc=f"latency {batch}x{length}", unit="round", delay=2, leave=False):
-        for name, model in models.items():
+        for name, call in calls.items():
             _sync(device)
             start = time.perf_counter()
-            model(**inputs)
+            call()
             _sync(device)
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)

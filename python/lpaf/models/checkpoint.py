@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+import lpaf_kernels
+
 from ..errors import InputError
 from ..hub import hub_has_model
 from .quantizer import QUANT_METHOD, compression_config
@@ -161,8 +163,13 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
     return loaded, not info["missing_keys"] and not info["mismatched_keys"]
 
 
-def load_classifier(model: str, dtype: torch.dtype | str = "auto", flag: str = "--model") -> PreTrainedModel:
-    """A classifier to run, dense or compressed, as its directory says; InputError when it has no trained head."""
+def load_classifier(
+    model: str, dtype: torch.dtype | str = "auto", flag: str = "--model", fuse: bool = False
+) -> PreTrainedModel:
+    """A classifier to run, dense or compressed, as its directory says; InputError when it has no trained head.
+
+    ``fuse``: run its blocks as one operator each (:func:`lpaf_kernels.fuse`); InputError when it has none to fuse.
+    """
     load_config(model, flag)
     try:
         loaded, info = AutoModelForSequenceClassification.from_pretrained(
@@ -175,6 +182,11 @@ def load_classifier(model: str, dtype: torch.dtype | str = "auto", flag: str = "
             f"{flag} {model}: has no trained task head ({min(info['missing_keys'])} is missing); pass a classifier "
             "(lpaf compress --save-dense writes a fine-tuned one)"
         )
+    if fuse:
+        try:
+            lpaf_kernels.fuse(loaded)
+        except ValueError as error:
+            raise InputError(f"--fuse: {flag} {model} cannot be fused ({error})") from None
     return loaded.eval()
 
 

@@ -118,11 +118,12 @@ def comparison_table(rows: Iterable[Mapping[str, Any]], metric: str = "metric", 
 
 
 def bench_table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
-    """Latencies: each row has model, batch, length, latency_ms, and where known p20, p80 (ms) and speedup."""
-    head = ("model", "batch", "length", "median", "p20", "p80", "speed")
+    """Latencies: each row has model, mode, batch, length, latency_ms, and where known p20, p80 (ms) and speedup."""
+    head = ("model", "mode", "batch", "length", "median", "p20", "p80", "speed")
     cells = [
         (
             row["model"],
+            row["mode"],
             row["batch"],
             row["length"],
             format_milliseconds(row.get("latency_ms")),
