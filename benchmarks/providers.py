@@ -422,7 +422,6 @@ PROVIDERS: dict[str, Provider] = {
             "ours_layers",
             "blocks of LowRankSparseLinear layers, one by one",
             _builds(None, functools.partial(_by_layers, make=_module)),
-            default=("cpu",),
         ),
         Provider(
             "ours_graph",

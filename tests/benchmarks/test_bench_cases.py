@@ -9,6 +9,8 @@ from benchmarks.cases import (
     KEPT_PERCENT,
     LINEAR_RANKS,
     LINEAR_SHAPES,
+    AttentionCase,
+    EncoderCase,
     FfnCase,
     LinearCase,
     core_cases,
@@ -75,6 +77,47 @@ def test_ffn_counts_by_hand():
     assert case.flops() == 2 * 10 * (8 * 3 + 3 * 12 + 12 * 3 + 3 * 8)
     assert case.bytes() == 4 * (2 * 10 * 8 + 2 * 3 * (8 + 12) + 12 + 8)
     assert case.flops("dense") == 2 * 10 * 2 * 8 * 12
+
+
+def test_attention_and_encoder_counts_by_hand():
+    shared = {"hidden": 8, "rank": 3, "batch": 2, "length": 5}
+    attention = AttentionCase(heads=2, **shared)
+    # Four weights, and per token and head the products with five keys and five values of four numbers.
+    assert attention.flops() == 2 * 10 * 4 * 3 * (8 + 8) + 2 * 10 * 2 * 2 * 5 * 4
+    assert attention.flops("dense") == 2 * 10 * 4 * 8 * 8 + 2 * 10 * 2 * 2 * 5 * 4
+    assert attention.parameters() == 4 * 3 * 16 + 4 * 8 + 2 * 8
+    encoder = EncoderCase(heads=2, intermediate=12, layers=3, **shared)
+    ffn = FfnCase(intermediate=12, **shared)
+    assert encoder.flops() == 3 * (attention.flops() + ffn.flops())
+    assert encoder.parameters() == 3 * (attention.parameters() + ffn.parameters() + 2 * 8)
+    assert encoder.bytes() == 4 * (2 * 10 * 8 + encoder.parameters())
+    assert str(encoder) == "encoder-8x12-l3-h2-r3-b2x5-float32"
+    assert str(attention) == "attention-8x8-h2-r3-b2x5-float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"heads": 3}, "heads: expected a divisor of 8, got 3"),
+        ({"layers": 0}, "layers: expected at least 1, got 0"),
+        ({"intermediate": 0}, "intermediate: expected at least 1"),
+        ({"rank": 9}, "rank: expected at least 1, at most 8, got 9"),
+    ],
+)
+def test_bad_blocks_are_refused(change, text):
+    case = {"hidden": 8, "rank": 3, "batch": 2, "length": 5, "heads": 2, "intermediate": 12, "layers": 3}
+    with pytest.raises(ValueError, match=text):
+        EncoderCase(**case | change)
+
+
+def test_the_encoder_sets_are_bert_and_minilm():
+    cases = select(["encoder"], "bfloat16")
+    assert {(case.hidden, case.intermediate, case.heads, case.layers) for case in cases} == {
+        (768, 3072, 12, 12),
+        (384, 1536, 12, 12),
+    }
+    assert len(select(["cpu-encoder"], "float32")) == 6
+    assert {case.op for case in select(["cpu-blocks"], "float32")} == {"ffn", "attention"}
 
 
 @pytest.mark.parametrize(

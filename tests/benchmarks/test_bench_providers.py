@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import FfnCase, LinearCase
+from benchmarks import measure, timing
+from benchmarks.cases import AttentionCase, EncoderCase, FfnCase, LinearCase
 from benchmarks.environment import Ceilings, describe
 from benchmarks.errors import InputError
 from benchmarks.gate import Gate
@@ -26,6 +26,9 @@ CASES = (
     LinearCase(64, 96, 16, 10, 33, "bfloat16"),
     LinearCase(64, 96, 16, 10, 33, "bfloat16", "forward+backward"),
     FfnCase(hidden=24, intermediate=48, rank=5, batch=2, length=8),
+    AttentionCase(hidden=24, heads=3, rank=5, batch=2, length=8),
+    EncoderCase(hidden=24, intermediate=48, heads=3, layers=2, rank=5, batch=2, length=8),
+    EncoderCase(hidden=24, intermediate=48, heads=3, layers=2, rank=5, batch=2, length=8, dtype="bfloat16"),
 )
 
 
@@ -34,10 +37,12 @@ def session(*names: str, extra: dict[str, Provider] | None = None) -> Session:
 
 
 def test_the_registry_has_all_that_speed_is_claimed_against():
-    baselines = {"dense", "chain", "chain_graph", "compile", "compile_b2b"}
-    ours = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
+    baselines = {"dense", "dense_compile", "chain", "chain_graph", "compile", "compile_b2b"}
+    ours = {"ours", "ours_layers", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
     assert set(PROVIDERS) == baselines | ours
-    assert all(set(provider.builds) == {"linear", "ffn"} for provider in PROVIDERS.values())
+    blocks = {"ffn", "attention", "encoder"}
+    of_blocks = {"dense_compile", "ours_layers"}
+    assert all(set(p.builds) == (blocks if p.name in of_blocks else {"linear"} | blocks) for p in PROVIDERS.values())
     assert all(name == provider.name and provider.summary for name, provider in PROVIDERS.items())
     assert set(choose(["default"], CPU, {})) == {"dense", "chain", "ours"}
     assert set(choose(["all"], torch.device("cuda"), {})) == set(PROVIDERS)
@@ -47,8 +52,11 @@ def test_the_registry_has_all_that_speed_is_claimed_against():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["dense", "chain", "ours"])
+@pytest.mark.parametrize("name", ["dense", "chain", "ours", "ours_layers"])
 def test_every_eager_provider_passes_the_gate(name, case):
+    if case.op not in PROVIDERS[name].builds:
+        assert PROVIDERS[name].unavailable(case, CPU) == f"does not run {case.op}"
+        return
     problem = make_problem(case, CPU)
     runner = PROVIDERS[name].build(problem)
     verdict = Gate(problem).check(runner)
@@ -171,7 +179,7 @@ def test_a_row_says_what_was_measured():
     least = max(case.flops() / 1e11, case.bytes() / 1e10)
     assert chain["roofline_share"] == pytest.approx(1e6 * least / chain["median_us"])
     assert chain["p20_us"] <= chain["median_us"] <= chain["p80_us"]
-    assert chain["peak_bytes"] is None
+    assert isinstance(chain["peak_bytes"], int) == timing.CLEAR_REFS.exists()
     assert chain["run"] == dense["run"] == measurement.session.run
     assert chain["torch"] == torch.__version__
 

@@ -78,3 +78,21 @@ def test_ceilings_bound_from_both_sides():
     assert ceilings.bandwidth > 0
     assert ceilings.seconds(int(ceilings.flops), 0) == pytest.approx(1, rel=1e-3)
     assert ceilings.seconds(0, int(2 * ceilings.bandwidth)) == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.skipif(not timing.CLEAR_REFS.exists(), reason="not Linux: the system does not tell the peak")
+def test_the_peak_is_what_one_call_adds(monkeypatch):
+    size = 64 * 2**20
+    kept = []
+
+    def call(index: int) -> torch.Tensor:
+        kept[:] = kept or [torch.zeros(size // 4)]  # made once: it does not count
+        held = torch.zeros(size // 4)
+        passing = torch.zeros(size // 2)
+        del passing
+        return held
+
+    peak = timing.peak_bytes(Runner(call, lambda raw: {}), CPU)
+    assert 3 * size <= peak < 3.25 * size
+    monkeypatch.setattr(timing, "CLEAR_REFS", timing.CLEAR_REFS / "missing")
+    assert timing.peak_bytes(Runner(call, lambda raw: {}), CPU) is None
