@@ -93,6 +93,6 @@ def test_the_peak_is_what_one_call_adds(monkeypatch):
         return held
 
     peak = timing.peak_bytes(Runner(call, lambda raw: {}), CPU)
-    assert 3 * size <= peak < 3.25 * size
+    assert 2.9 * size < peak < 3.25 * size  # Linux counts in batches of pages
     monkeypatch.setattr(timing, "CLEAR_REFS", timing.CLEAR_REFS / "missing")
     assert timing.peak_bytes(Runner(call, lambda raw: {}), CPU) is None
