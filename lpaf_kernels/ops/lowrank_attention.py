@@ -103,6 +103,12 @@ def lowrank_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
     """
+    plain = all(option is None for option in (cu_seqlens, max_seqlen, rotary, seed))
+    if plain and not (norm_first or dropout_p or attention_dropout_p):
+        projections = (x, down_qkv, up_q, up_k, up_v, bias_qkv, down_o, up_o, bias_o)
+        y = _without_checks(projections, num_heads, num_kv_heads, attn_mask, is_causal, scale, kept, residual, norm)
+        if y is not None:
+            return y
     check_floating("x", x)
     if x.dim() < 2 or (cu_seqlens is not None and x.dim() != 2):
         expected = "[..., length, in]" if cu_seqlens is None else "[tokens, in] with cu_seqlens"
@@ -132,7 +138,9 @@ def lowrank_attention(
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (attn_mask, cos, sin))
     if not (dropout_p > 0 or attention_dropout_p > 0 or learns):
         rows = None if residual is None else residual.reshape(*x.shape[:-1], out)
-        return _run(*projections, *output, rows, weight, bias, *sequences, kind, eps).view(shape)
+        return torch.ops.lpaf_kernels.lowrank_attention(
+            *projections, *output, rows, weight, bias, *sequences, kind, eps
+        ).view(shape)
     with seeded(seed, x):
         context = _attend(*projections, *sequences, attention_dropout_p)
         y = F.dropout(packed_lowrank_sparse_linear(context, *output), dropout_p).view(shape)
@@ -200,6 +208,47 @@ def lowrank_attention_reference(
             context = torch.cat([context, piece])
     y = linear(context, down_o, up_o, kept[3], bias_o)
     return reference_norm(y if residual is None else y + residual, norm)
+
+
+def _without_checks(
+    projections: tuple[Tensor | None, ...],
+    num_heads: int,
+    num_kv_heads: int | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    kept: Sequence[Tensor | None],
+    residual: Tensor | None,
+    norm: Norm | None,
+) -> Tensor | None:
+    """The native kernel's result at once, where nothing but it is wanted, or None.
+
+    It checks dtypes and shapes itself, in less time than it takes in Python, which a small block would feel. What it
+    refuses comes to the checks, which say why.
+    """
+    x, down_qkv, up_q, up_k, up_v, bias_qkv, down_o, up_o, bias_o = projections
+    if not _HAS_NATIVE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
+    try:
+        kept_q, kept_k, kept_v, kept_o = kept
+        if x.dim() != 3 or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
+            return None
+        if not is_eager(*projections, *kept, attn_mask, residual, weight, bias):
+            return None
+        batch, length, _ = x.shape
+        if attn_mask is not None:
+            if attn_mask.dtype not in (torch.bool, torch.float32):
+                return None
+            attn_mask = attn_mask.expand(batch, num_heads, length, length)
+        return _native_forward(
+            x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, down_o, up_o, kept_o, bias_o, residual,
+            weight, bias, attn_mask, None, None, None, None, num_heads,
+            num_heads if num_kv_heads is None else num_kv_heads, is_causal,
+            (up_q.shape[1] // num_heads) ** -0.5 if scale is None else scale, kind, eps,
+        )  # fmt: skip
+    except (RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError):
+        return None
 
 
 def _check_heads(num_heads: int, num_kv_heads: int | None) -> tuple[int, int]:
@@ -327,20 +376,6 @@ def _widths(ups: tuple[Tensor, ...], kept: Sequence[Tensor | None]) -> list[int]
 
 def _split_bias(bias: Tensor | None, ups: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return (None, None, None) if bias is None else bias.split([up.shape[1] for up in ups])
-
-
-def _run(*arguments) -> Tensor:
-    """The operator; on the CPU, where nothing records or traces it, without torch's dispatcher."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if (
-        _HAS_NATIVE
-        and tensors[0].is_cpu
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and is_eager(*tensors)
-    ):
-        return _lowrank_attention_cpu(*arguments)
-    return torch.ops.lpaf_kernels.lowrank_attention(*arguments)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
