@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
+from ..tuning import lowrank_ffn as plans
 from ._checks import check_device, check_floating, check_shape
 from .lowrank_sparse_linear import ACTIVATIONS, check_kept_type, kernels, lowrank_sparse_linear_reference
 
@@ -103,11 +104,12 @@ def lowrank_ffn(
         x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps) if kind == "layer" else _rms_norm(x, weight, eps)
         kind, weight, bias = "none", None, None
     apart = dropout_p > 0
-    y = torch.ops.lpaf_kernels.lowrank_ffn(
+    tensors = (
         x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate,
         None if apart else residual, None if apart else weight, None if apart else bias,
-        activation, "none" if apart else kind, eps,
     )  # fmt: skip
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y = torch.ops.lpaf_kernels.lowrank_ffn(*tensors, activation, "none" if apart else kind, eps, training)
     if not apart:
         return y
     y = F.dropout(y, dropout_p)
@@ -226,8 +228,16 @@ def _lowrank_ffn(
     return _rms_norm(y, norm_weight, eps) if norm == "rms" else y
 
 
+def _lowrank_ffn_cuda(*arguments):
+    """The Triton block where the tables prefer it."""
+    *arguments, training = arguments
+    y = plans.cuda_forward(*arguments, training=training)
+    return _lowrank_ffn(*arguments) if y is None else y
+
+
 def _lowrank_ffn_cpu(*arguments):
     """The native kernel where there is one and it takes these dtypes."""
+    *arguments, _ = arguments
     floating = [argument for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()]
     if _HAS_NATIVE and all(tensor.dtype == torch.float32 for tensor in floating):
         return _native_forward(*arguments)
@@ -258,7 +268,7 @@ def _lowrank_ffn_backward(
     if norm != "none":
         if residual is not None:
             s += residual
-        grad, d_weight, d_bias = _norm_backward(grad, s, norm_weight, norm, eps)
+        grad, d_weight, d_bias = norm_backward(grad, s, norm_weight, norm, eps)
     x_, down1_, up1_, bias1_, down2_, up2_, bias2_, down_g_, up_g_, bias_g_, residual_, _, _ = needs
     inner = x_ or down1_ or up1_ or bias1_ or down_g_ or up_g_ or bias_g_
     d_h, d_down2, d_up2, d_bias2 = backward(
@@ -286,7 +296,14 @@ def _lowrank_ffn_backward(
     return tuple(gradient if need else grad.new_empty(0) for gradient, need in zip(found, needs, strict=True))
 
 
-def _norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _lowrank_ffn_backward_cuda(grad, *arguments):
+    """The Triton block where the tables prefer it. It runs the forward again, as the chain does."""
+    *arguments, needs = arguments
+    found = plans.cuda_backward(grad, *arguments, needs=needs)
+    return _lowrank_ffn_backward(grad, *arguments, needs) if found is None else found
+
+
+def norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """d s, d weight and d bias of norm(s) weight + bias."""
     if norm == "layer":
         size = [s.shape[-1]]
@@ -314,7 +331,7 @@ def _lowrank_ffn_backward_fake(grad, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, activation, norm, eps = inputs
+    *tensors, activation, norm, eps, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = (activation, norm, eps)
 
@@ -325,7 +342,7 @@ def _backward(ctx, grad):
     # The backward runs under whatever autocast surrounds it; these products take the forward's dtype.
     with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
         found = torch.ops.lpaf_kernels.lowrank_ffn_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    grads: list[Tensor | None] = [None] * 18
+    grads: list[Tensor | None] = [None] * 19
     for index, need, gradient in zip(_FLOATING, needs, found, strict=True):
         grads[index] = gradient if need else None
     return tuple(grads)
@@ -341,9 +358,10 @@ def _cast(dtype, *arguments):
 
 
 register_fallback("lowrank_ffn", _lowrank_ffn_cpu, ("CPU",))
-register_fallback("lowrank_ffn", _lowrank_ffn, ("CUDA",))
+register_fallback("lowrank_ffn", _lowrank_ffn_cuda, ("CUDA",))
 register_fallback("lowrank_ffn_forward", _lowrank_ffn)
-register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward)
+register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward, ("CPU",))
+register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward_cuda, ("CUDA",))
 torch.library.register_fake("lpaf_kernels::lowrank_ffn", _lowrank_ffn_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_ffn_forward", _lowrank_ffn_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_ffn_backward", _lowrank_ffn_backward_fake, lib=library)

@@ -12,7 +12,8 @@ import torch
 
 import interpreted
 from lpaf_kernels.triton.launch import LAUNCHES, Launch, default_launch
-from lpaf_kernels.triton.shipped import FFN_ALL_CASES, FFN_CORE_CASES, FFN_KERNELS, faults
+from lpaf_kernels.triton.shipped import FFN_ALL_CASES, FFN_CORE_CASES, FFN_KERNELS, FFN_TF32_SHAPES, faults
+from lpaf_kernels.tuning.dispatch import matrix_unit
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SEEDS = range(180)
@@ -42,15 +43,22 @@ def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(24))
+def test_wide_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_ffn_wide, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_lowrank_ffn(seed, "cuda")
+    interpreted.check_lowrank_ffn_wide(seed, "cuda")
     interpreted.check_lowrank_ffn_backward(seed, "cuda")
 
 
-@pytest.mark.parametrize(("kernel", "seeds"), [("ffn", 180), ("ffn_rows", 120), ("ffn_weights", 120)])
+@pytest.mark.parametrize(("kernel", "seeds"), [("ffn", 180), ("ffn_wide", 24), ("ffn_rows", 120), ("ffn_weights", 120)])
 def test_every_launch_is_drawn(kernel: str, seeds: int) -> None:
     drawn = {interpreted.draw_launch(kernel, seed) for seed in range(seeds)}
     assert {launch for launch in LAUNCHES.values() if launch.kernel == kernel} <= drawn
@@ -72,6 +80,17 @@ def test_compiled(name: str, arch: int) -> None:
 @pytest.mark.parametrize(("name", "arch"), COMPILED)
 def test_compiled_at_every_shape(name: str, arch: int) -> None:
     check_compiled(name, arch, FFN_ALL_CASES)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
+def test_compiled_tf32(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    if not matrix_unit(torch.float32, arch):
+        assert arch == 100
+        return
+    check_compiled(name, arch, [(shape, torch.float32, "gelu") for shape in FFN_TF32_SHAPES])
 
 
 def check_compiled(name: str, arch: int, cases: list[tuple]) -> None:
