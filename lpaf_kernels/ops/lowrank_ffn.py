@@ -210,10 +210,11 @@ def _check_norm(norm: Norm | None, size: int, x: Tensor) -> tuple[str, Tensor | 
     return kind, weight, bias, float(eps)
 
 
-def _lowrank_ffn(
+def chain(
     x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
     norm_bias, activation, norm, eps,
 ):  # fmt: skip
+    """The layers one by one."""
     forward = kernels(x)[0]
     if down_gate is None:
         h = forward(x, down1, up1, kept1, bias1, activation, False)[0]
@@ -232,7 +233,7 @@ def _lowrank_ffn_cuda(*arguments):
     """The Triton block where the tables prefer it."""
     *arguments, training = arguments
     y = plans.cuda_forward(*arguments, training=training)
-    return _lowrank_ffn(*arguments) if y is None else y
+    return chain(*arguments) if y is None else y
 
 
 def _lowrank_ffn_cpu(*arguments):
@@ -241,14 +242,14 @@ def _lowrank_ffn_cpu(*arguments):
     floating = [argument for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()]
     if _HAS_NATIVE and all(tensor.dtype == torch.float32 for tensor in floating):
         return _native_forward(*arguments)
-    return _lowrank_ffn(*arguments)
+    return chain(*arguments)
 
 
 def _lowrank_ffn_fake(x, down1, up1, kept1, bias1, down2, up2, *_):
     return x.new_empty((*x.shape[:-1], up2.shape[1]))
 
 
-def _lowrank_ffn_backward(
+def chain_backward(
     grad, x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
     norm_bias, activation, norm, eps, needs,
 ):  # fmt: skip
@@ -300,7 +301,7 @@ def _lowrank_ffn_backward_cuda(grad, *arguments):
     """The Triton block where the tables prefer it. It runs the forward again, as the chain does."""
     *arguments, needs = arguments
     found = plans.cuda_backward(grad, *arguments, needs=needs)
-    return _lowrank_ffn_backward(grad, *arguments, needs) if found is None else found
+    return chain_backward(grad, *arguments, needs) if found is None else found
 
 
 def norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,8 +360,8 @@ def _cast(dtype, *arguments):
 
 register_fallback("lowrank_ffn", _lowrank_ffn_cpu, ("CPU",))
 register_fallback("lowrank_ffn", _lowrank_ffn_cuda, ("CUDA",))
-register_fallback("lowrank_ffn_forward", _lowrank_ffn)
-register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward, ("CPU",))
+register_fallback("lowrank_ffn_forward", chain)
+register_fallback("lowrank_ffn_backward", chain_backward, ("CPU",))
 register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward_cuda, ("CUDA",))
 torch.library.register_fake("lpaf_kernels::lowrank_ffn", _lowrank_ffn_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_ffn_forward", _lowrank_ffn_fake, lib=library)
