@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FORWARD = ("ffn",)
 WIDE = ("project", "ffn_wide", "expand")
 BACKWARD = ("ffn", "project", "expand", "outer", "ffn_rows", "ffn_weights")
+# The arguments without a gradient.
+OTHERS = ("kept1", "kept2", "activation", "norm", "eps")
 
 
 class Problem(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..triton.launch import candidates, default_launch
 from . import dispatch
-from .lowrank_ffn import WIDE, Problem, backward, forward
+from .lowrank_ffn import OTHERS, WIDE, Problem, backward, forward
 from .table import FFN, FfnShape, Plan
 from .tune import ROWS, checked_directions, double, graph_times, measure, rank, this_gpu
 
@@ -75,7 +75,7 @@ def rank_ffn_plans(
     rows, x = problem.rows, problem.x
     plans = ffn_plans(direction, rows, problem.width, gpu.arch, x.dtype)
     grad = torch.randn(rows, problem.up2.shape[1], device=x.device).to(x.dtype)
-    needs = [isinstance(field, Tensor) for name, field in problem._asdict().items() if name in _DIFFERENTIABLE]
+    needs = [isinstance(field, Tensor) for name, field in problem._asdict().items() if name not in OTHERS]
 
     def outputs(plan: Plan, given: Problem) -> tuple[Tensor, ...]:
         if direction == "forward":
@@ -87,11 +87,6 @@ def rank_ffn_plans(
 
     exact = outputs(Plan("chain"), double(problem))
     return rank(plans, rows, outputs, problem, exact, times)
-
-
-_DIFFERENTIABLE = [
-    name for name in Problem._fields if name not in ("kept1", "kept2", "activation", "norm", "eps")
-]  # fmt: skip
 
 
 def tune_ffn(

@@ -336,6 +336,39 @@ def _ffn_gradients(
     return found
 
 
+def check_lowrank_ffn_plan(seed: int) -> None:
+    """The operator's forward and backward as the plan "block" makes them, with residual and norm."""
+    from lpaf_kernels.ops.lowrank_ffn import chain as layers
+    from lpaf_kernels.ops.lowrank_ffn import chain_backward
+    from lpaf_kernels.tuning import FfnShape, Plan
+    from lpaf_kernels.tuning import lowrank_ffn as plans
+    from lpaf_kernels.tuning.tune import double
+    from lpaf_kernels.tuning.tune_lowrank_ffn import make_ffn_problem
+
+    torch.manual_seed(seed)
+    gate, norm = 9 * (seed % 2), ("none", "layer", "rms")[seed % 3]
+    # A forward with more columns than a launch holds of 4-byte numbers takes passes over them.
+    ranks = (41, 300) if seed == 0 else (12, 20)
+    shape = FfnShape("lowrank_ffn", "forward", "float32", 24, 50, 33, ranks, (5, 7), gate)
+    problem = make_ffn_problem(21, shape, torch.float32, "cpu")
+    weight, bias = torch.randn(2, 33)
+    problem = problem._replace(residual=torch.randn(21, 33) if seed else None)
+    if norm != "none":
+        problem = problem._replace(norm=norm, eps=1e-5, norm_weight=weight, norm_bias=bias if norm == "layer" else None)
+    exact = double(problem)
+    check_accurate(plans.forward(Plan("block"), problem, 90), layers(*problem), layers(*exact))
+    if seed == 0:
+        return
+    grad = torch.randn(21, 33)
+    for needed in (lambda name: True, lambda name: name in ("x", "down_gate", "norm_weight")):
+        tensors = {name: value for name, value in problem._asdict().items() if name not in plans.OTHERS}
+        needs = [value is not None and needed(name) for name, value in tensors.items()]
+        found = plans.backward(Plan("block"), problem, grad, needs, 90)
+        chained, wide = chain_backward(grad, *problem, needs), chain_backward(grad.double(), *exact, needs)
+        for results in zip(found, chained, wide, strict=True):
+            check_accurate(*results)
+
+
 def is_interpreting() -> bool:
     import triton
 

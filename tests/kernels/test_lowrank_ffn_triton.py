@@ -49,6 +49,12 @@ def test_wide_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_ffn_plan, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", SEEDS)
