@@ -359,6 +359,13 @@ PROVIDERS: dict[str, Provider] = {
             default=("cuda",),
         ),
         *(_ours_forced(name) for name in ("one_kernel", "two_kernels", "chain", "dense")),
+        Provider(
+            "ours_block",
+            "lowrank_ffn, made to run in one pass",
+            {"ffn": functools.partial(_ours_ffn, force="block")},
+            devices=("cuda",),
+            default=("cuda",),
+        ),
     )
 }
 

@@ -126,7 +126,8 @@ _SHIPPED = (
     Launch("ffn", 128, 32, 64, 8, 2, archs=(100,)),
     Launch("ffn", 128, 32, 64, 8, 2, max_width=208, archs=(90,)),
     Launch("ffn", 128, 32, 64, 8, 2, max_width=144, archs=(80,)),
-    Launch("ffn", 64, 32, 64, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=208, archs=(100,)),
+    Launch("ffn", 64, 16, 64, 4, 2, splits=0, archs=(100,)),
     Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80, 90)),
     Launch("ffn", 64, 64, 64, 8, 2, splits=0, max_width=144, archs=(90,)),
     Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=(90,)),
@@ -145,7 +146,7 @@ _SHIPPED = (
     Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0, archs=(90,)),
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=208, archs=(100,)),
     Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, archs=(100,)),
-    Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
+    Launch("ffn_weights", 0, 64, 16, 8, 2, splits=0, max_width=208, archs=(80,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 

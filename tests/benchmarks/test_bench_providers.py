@@ -35,9 +35,10 @@ def session(*names: str, extra: dict[str, Provider] | None = None) -> Session:
 
 def test_the_registry_has_all_that_speed_is_claimed_against():
     baselines = {"dense", "chain", "chain_graph", "compile", "compile_b2b"}
-    ours = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
+    ours = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense", "ours_block"}
     assert set(PROVIDERS) == baselines | ours
-    assert all(set(provider.builds) == {"linear", "ffn"} for provider in PROVIDERS.values())
+    runs = {name: {"linear", "ffn"} for name in PROVIDERS} | {"ours_block": {"ffn"}}
+    assert {name: set(provider.builds) for name, provider in PROVIDERS.items()} == runs
     assert all(name == provider.name and provider.summary for name, provider in PROVIDERS.items())
     assert set(choose(["default"], CPU, {})) == {"dense", "chain", "ours"}
     assert set(choose(["all"], torch.device("cuda"), {})) == set(PROVIDERS)
