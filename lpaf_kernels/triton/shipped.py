@@ -39,7 +39,7 @@ FFN_SHAPES = [
 GATED_SHAPES = [(4096, 4096, 11008, 72, 0), (4096, 768, 3072, 130, 0), (1, 768, 2048, 40, 0)]
 # Ranks that only the passes hold.
 WIDE_SHAPES = [(4096, 768, 3072, 384, 0), (4096, 768, 3072, 768, 77), (16, 1000, 2730, 1024, 0)]
-FFN_CORE_CASES = [(shape, torch.bfloat16, "gelu") for shape in (FFN_SHAPES[1], FFN_SHAPES[2], WIDE_SHAPES[0])]
+FFN_CORE_CASES = [(shape, torch.bfloat16, "gelu") for shape in (FFN_SHAPES[3], FFN_SHAPES[2], WIDE_SHAPES[0])]
 FFN_ALL_CASES = [
     *((shape, torch.bfloat16, "gelu") for shape in (*FFN_SHAPES, *WIDE_SHAPES)),
     (FFN_SHAPES[1], torch.float16, "gelu_tanh"),

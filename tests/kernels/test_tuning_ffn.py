@@ -204,7 +204,8 @@ def test_plans_to_measure_hold_the_rank(direction: str) -> None:
         for arch in (80, 90, 100):
             found = tune.ffn_plans(direction, 4096, width, arch)
             assert found[0] == Plan("chain")
-            assert len(found) > 1 or (direction, width) == ("backward", 300)
+            # A backward holds 272 columns, 208 on sm_80.
+            assert (len(found) > 1) == (direction == "forward" or width <= (208 if arch == 80 else 272))
             for plan in found[1:]:
                 assert plan.provider == "block"
                 assert all(arch in LAUNCHES[name].archs and LAUNCHES[name].holds(width) for name in plan.launches)
