@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import typing
 from pathlib import Path
 
-from .cases import CASE_SETS, DIRECTIONS, DTYPE_BYTES, LinearCase, parse_slice, select
+from .cases import CASE_SETS, DIRECTIONS, DTYPE_BYTES, FfnCase, LinearCase, parse_slice, select
 from .errors import InputError
 from .rows import read_rows
 from .tables import compare, failures, run_table, summary
@@ -153,17 +154,26 @@ def tune(arguments: argparse.Namespace) -> int:
 
     if resolve_device(arguments.device).type != "cuda":
         raise InputError("--device: tuning needs a CUDA device")
-    from lpaf_kernels.tuning import tune_linear
+    from lpaf_kernels.tuning import tune_ffn, tune_linear
 
     dtype = arguments.dtype or "bfloat16"
     found = select(arguments.cases or ["core"], dtype, None, arguments.only, parse_slice(arguments.slice))
     cases = [case for case in found if isinstance(case, LinearCase)]
     shapes = list(dict.fromkeys((c.in_features, c.out_features, c.rank, c.kept) for c in cases))
     rows = sorted({case.rows for case in cases})
+    started = time.monotonic()
     written = tune_linear(
         shapes, dtype=getattr(torch, dtype), rows=rows, budget_s=arguments.budget, output=arguments.output
     )
     print(f"{len(shapes)} shapes at M = {', '.join(map(str, rows))}: table in {written}")
+    cases = [case for case in found if isinstance(case, FfnCase)]
+    blocks = list(dict.fromkeys((c.hidden, c.intermediate, c.hidden, (c.rank, c.rank), (0, 0), 0) for c in cases))
+    rows = sorted({case.rows for case in cases})
+    if not blocks:
+        return 0
+    left = max(arguments.budget - (time.monotonic() - started), 0.0)
+    tune_ffn(blocks, getattr(torch, dtype), rows, ("forward",), budget_s=left, output=arguments.output)
+    print(f"{len(blocks)} feed-forward blocks at M = {', '.join(map(str, rows))}")
     return 0
 
 

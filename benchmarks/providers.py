@@ -431,6 +431,13 @@ PROVIDERS: dict[str, Provider] = {
             default=("cuda",),
         ),
         *(_ours_forced(name) for name in ("one_kernel", "two_kernels", "chain", "dense")),
+        Provider(
+            "ours_block",
+            "ours, the blocks made to run as Triton's",
+            _builds(None, functools.partial(_ours_block, force="block")),
+            devices=("cuda",),
+            default=("cuda",),
+        ),
     )
 }
 

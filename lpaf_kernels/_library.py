@@ -50,7 +50,7 @@ SCHEMAS = (
     " -> (Tensor d_x, Tensor d_down, Tensor d_up, Tensor d_bias)",
     f"lowrank_attention({_ATTENTION}) -> Tensor",
     f"lowrank_attention_forward({_ATTENTION}) -> Tensor",
-    f"lowrank_ffn({_FFN}) -> Tensor",
+    f"lowrank_ffn({_FFN}, bool training) -> Tensor",
     f"lowrank_ffn_forward({_FFN}) -> Tensor",
     f"lowrank_ffn_backward(Tensor grad, {_FFN}, bool[13] needs) -> (Tensor d_x, Tensor d_down1, Tensor d_up1,"
     " Tensor d_bias1, Tensor d_down2, Tensor d_up2, Tensor d_bias2, Tensor d_down_gate, Tensor d_up_gate,"

@@ -229,8 +229,8 @@ def _without_checks(
     x, down_qkv, up_q, up_k, up_v, bias_qkv, down_o, up_o, bias_o = projections
     if not _HAS_NATIVE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
     try:
+        kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
         kept_q, kept_k, kept_v, kept_o = kept
         if x.dim() != 3 or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
             return None

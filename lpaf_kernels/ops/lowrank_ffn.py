@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
+from ..tuning import lowrank_ffn as plans
 from ._blocks import (
     NATIVE_DTYPES,
     Norm,
@@ -20,7 +21,7 @@ from ._blocks import (
     seeded,
 )
 from ._checks import check_floating
-from .lowrank_sparse_linear import ACTIVATIONS, kernels, lowrank_sparse_linear_reference
+from .lowrank_sparse_linear import ACTIVATIONS, is_eager, kernels, lowrank_sparse_linear_reference
 
 aten = torch.ops.aten
 
@@ -77,6 +78,11 @@ def lowrank_ffn(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
     """
+    if gate is None and not (norm_first or dropout_p) and activation in ACTIVATIONS:
+        first, second = (down1, up1, kept1, bias1), (down2, up2, kept2, bias2)
+        y = _without_checks(x, first, second, residual, norm, activation)
+        if y is not None:
+            return y
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got shape []")
@@ -95,11 +101,12 @@ def lowrank_ffn(
         x = normalise(x, kind, weight, bias, eps)
         kind, weight, bias = "none", None, None
     apart = dropout_p > 0
-    y = torch.ops.lpaf_kernels.lowrank_ffn(
+    tensors = (
         x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate,
         None if apart else residual, None if apart else weight, None if apart else bias,
-        activation, "none" if apart else kind, eps,
     )  # fmt: skip
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y = torch.ops.lpaf_kernels.lowrank_ffn(*tensors, activation, "none" if apart else kind, eps, training)
     if not apart:
         return y
     with seeded(seed, x):
@@ -141,10 +148,33 @@ def lowrank_ffn_reference(
     return reference_norm(y, norm)
 
 
-def _lowrank_ffn(
+def _without_checks(
+    x: Tensor,
+    first: tuple[Tensor | None, ...],
+    second: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    norm: Norm | None,
+    activation: str,
+) -> Tensor | None:
+    """The native kernel's result at once, where nothing but it is wanted, or None: as for lowrank_attention."""
+    if not _HAS_NATIVE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    try:
+        kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
+        if x.dtype not in NATIVE_DTYPES or not x.is_cpu:
+            return None
+        if not is_eager(x, *first, *second, residual, weight, bias):
+            return None
+        return _native_forward(x, *first, *second, None, None, None, residual, weight, bias, activation, kind, eps)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def chain(
     x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
     norm_bias, activation, norm, eps,
 ):  # fmt: skip
+    """The layers one by one."""
     forward = kernels(x)[0]
     if down_gate is None:
         h = forward(x, down1, up1, kept1, bias1, activation, False)[0]
@@ -157,18 +187,26 @@ def _lowrank_ffn(
     return normalise(y, norm, norm_weight, norm_bias, eps)
 
 
+def _lowrank_ffn_cuda(*arguments):
+    """The Triton block where the tables prefer it."""
+    *arguments, training = arguments
+    y = plans.cuda_forward(*arguments, training=training)
+    return chain(*arguments) if y is None else y
+
+
 def _lowrank_ffn_cpu(x, *arguments):
     """The native kernel where there is one and it takes this dtype."""
+    *arguments, _ = arguments
     if _HAS_NATIVE and x.dtype in NATIVE_DTYPES:
         return _native_forward(x, *arguments)
-    return _lowrank_ffn(x, *arguments)
+    return chain(x, *arguments)
 
 
 def _lowrank_ffn_fake(x, down1, up1, kept1, bias1, down2, up2, *_):
     return x.new_empty((*x.shape[:-1], up2.shape[1]))
 
 
-def _lowrank_ffn_backward(
+def chain_backward(
     grad, x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate, residual, norm_weight,
     norm_bias, activation, norm, eps, needs,
 ):  # fmt: skip
@@ -188,7 +226,7 @@ def _lowrank_ffn_backward(
     if norm != "none":
         if residual is not None:
             s += residual
-        grad, d_weight, d_bias = _norm_backward(grad, s, norm_weight, norm, eps)
+        grad, d_weight, d_bias = norm_backward(grad, s, norm_weight, norm, eps)
     x_, down1_, up1_, bias1_, down2_, up2_, bias2_, down_g_, up_g_, bias_g_, residual_, _, _ = needs
     inner = x_ or down1_ or up1_ or bias1_ or down_g_ or up_g_ or bias_g_
     d_h, d_down2, d_up2, d_bias2 = backward(
@@ -216,7 +254,14 @@ def _lowrank_ffn_backward(
     return tuple(gradient if need else grad.new_empty(0) for gradient, need in zip(found, needs, strict=True))
 
 
-def _norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _lowrank_ffn_backward_cuda(grad, *arguments):
+    """The Triton block where the tables prefer it. It runs the forward again, as the chain does."""
+    *arguments, needs = arguments
+    found = plans.cuda_backward(grad, *arguments, needs=needs)
+    return chain_backward(grad, *arguments, needs) if found is None else found
+
+
+def norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """d s, d weight and d bias of norm(s) weight + bias."""
     if norm == "layer":
         size = [s.shape[-1]]
@@ -244,7 +289,7 @@ def _lowrank_ffn_backward_fake(grad, *arguments):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, activation, norm, eps = inputs
+    *tensors, activation, norm, eps, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = (activation, norm, eps)
 
@@ -255,7 +300,7 @@ def _backward(ctx, grad):
     # The backward runs under whatever autocast surrounds it; these products take the forward's dtype.
     with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
         found = torch.ops.lpaf_kernels.lowrank_ffn_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    grads: list[Tensor | None] = [None] * 18
+    grads: list[Tensor | None] = [None] * 19
     for index, need, gradient in zip(_FLOATING, needs, found, strict=True):
         grads[index] = gradient if need else None
     return tuple(grads)
@@ -271,9 +316,10 @@ def _cast(dtype, *arguments):
 
 
 register_fallback("lowrank_ffn", _lowrank_ffn_cpu, ("CPU",))
-register_fallback("lowrank_ffn", _lowrank_ffn, ("CUDA",))
-register_fallback("lowrank_ffn_forward", _lowrank_ffn)
-register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward)
+register_fallback("lowrank_ffn", _lowrank_ffn_cuda, ("CUDA",))
+register_fallback("lowrank_ffn_forward", chain)
+register_fallback("lowrank_ffn_backward", chain_backward, ("CPU",))
+register_fallback("lowrank_ffn_backward", _lowrank_ffn_backward_cuda, ("CUDA",))
 torch.library.register_fake("lpaf_kernels::lowrank_ffn", _lowrank_ffn_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_ffn_forward", _lowrank_ffn_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_ffn_backward", _lowrank_ffn_backward_fake, lib=library)

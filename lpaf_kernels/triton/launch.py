@@ -18,7 +18,7 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
-KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights")
+KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
@@ -30,13 +30,14 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_rows" or "ffn_weights".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows" or "ffn_weights".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
-            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns.
+            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns ("ffn_wide":
+            rank columns).
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
-            ("one_kernel") or its hidden columns ("ffn", "ffn_rows"). 0: as many as fill the device.
+            ("one_kernel") or its hidden columns ("ffn", "ffn_wide", "ffn_rows"). 0: as many as fill the device.
         max_width: rank columns that one program holds at most, up to 272; "one_kernel" holds a quarter of 4 bytes.
         archs: the compute capabilities times ten (80, 90, 100) it is meant for.
     """
@@ -78,7 +79,7 @@ class Launch:
 
         They keep z as an operand of the next product, in registers: of 4-byte numbers (TF32) a quarter fits.
         """
-        return self.kernel in ("project", "expand", "outer") or width <= self.max_width // (
+        return self.kernel in ("project", "expand", "outer", "ffn_wide") or width <= self.max_width // (
             1 if dtype.itemsize <= 2 else 4
         )
 
@@ -125,21 +126,27 @@ _SHIPPED = (
     Launch("ffn", 128, 32, 64, 8, 2, archs=(100,)),
     Launch("ffn", 128, 32, 64, 8, 2, max_width=208, archs=(90,)),
     Launch("ffn", 128, 32, 64, 8, 2, max_width=144, archs=(80,)),
-    Launch("ffn", 64, 32, 64, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=208, archs=(100,)),
+    Launch("ffn", 64, 16, 64, 4, 2, splits=0, archs=(100,)),
     Launch("ffn", 64, 32, 64, 4, 2, splits=0, max_width=144, archs=(80, 90)),
     Launch("ffn", 64, 64, 64, 8, 2, splits=0, max_width=144, archs=(90,)),
     Launch("ffn", 64, 32, 64, 8, 2, splits=0, archs=(90,)),
     Launch("ffn", 128, 16, 16, 8, 3, splits=0, archs=(80,)),
     Launch("ffn", 16, 16, 64, 4, 2, splits=0, max_width=144),
+    Launch("ffn_wide", 128, 32, 64, 8, 2, max_width=144, archs=(90,)),
+    Launch("ffn_wide", 128, 32, 32, 8, 2, max_width=144, archs=(80,)),
+    Launch("ffn_wide", 64, 32, 64, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_wide", 64, 32, 32, 8, 2, splits=0, archs=(90,)),
+    Launch("ffn_wide", 64, 32, 32, 4, 2, splits=0, max_width=144, archs=(80,)),
     Launch("ffn_rows", 128, 32, 0, 8, 2, max_width=144, archs=(90,)),
     Launch("ffn_rows", 64, 32, 0, 8, 2, splits=0, archs=(90,)),
-    Launch("ffn_rows", 64, 32, 0, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_rows", 64, 32, 0, 4, 1, splits=0, archs=(100,)),
     Launch("ffn_rows", 128, 16, 0, 8, 2, splits=0, max_width=208, archs=(80,)),
-    Launch("ffn_rows", 16, 32, 0, 4, 2, splits=0, max_width=144),
+    Launch("ffn_rows", 16, 32, 0, 4, 2, splits=0, max_width=128),
     Launch("ffn_weights", 0, 64, 32, 8, 2, splits=0, archs=(90,)),
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=208, archs=(100,)),
-    Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=160, archs=(80,)),
-    Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
+    Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, archs=(100,)),
+    Launch("ffn_weights", 0, 64, 16, 8, 2, splits=0, max_width=208, archs=(80,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
@@ -167,7 +174,7 @@ def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.d
     if kernel in ("outer", "ffn_weights"):
         return found[0]
     # Splits of the hidden dimension fill the device from one row tile on.
-    blocks = kernel in ("ffn", "ffn_rows")
+    blocks = kernel in ("ffn", "ffn_wide", "ffn_rows")
     fits = [
         launch
         for launch in found

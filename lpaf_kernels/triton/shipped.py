@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, candidates, pitch, recording
+from .launch import LAUNCHES, MAX_SPLIT_ROWS, MAX_WIDTH, Call, Launch, candidates, default_launch, pitch, recording
 
 SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
     (4096, 768, 3072, 80, 154),
@@ -34,14 +34,19 @@ FFN_SHAPES = [
     (4096, 768, 3072, 200, 72),
     (128, 384, 1536, 41, 19),
     (16, 1000, 2730, 20, 0),
+    (1, 768, 3072, 80, 13),
 ]
-FFN_CORE_CASES = [(FFN_SHAPES[1], torch.bfloat16, "gelu"), (FFN_SHAPES[2], torch.bfloat16, "gelu")]
+GATED_SHAPES = [(4096, 4096, 11008, 72, 0), (4096, 768, 3072, 130, 0), (1, 768, 2048, 40, 0)]
+# Ranks that only the passes hold.
+WIDE_SHAPES = [(4096, 768, 3072, 384, 0), (4096, 768, 3072, 768, 77), (16, 1000, 2730, 1024, 0)]
+FFN_CORE_CASES = [(shape, torch.bfloat16, "gelu") for shape in (FFN_SHAPES[3], FFN_SHAPES[2], WIDE_SHAPES[0])]
 FFN_ALL_CASES = [
-    *((shape, torch.bfloat16, "gelu") for shape in FFN_SHAPES),
+    *((shape, torch.bfloat16, "gelu") for shape in (*FFN_SHAPES, *WIDE_SHAPES)),
     (FFN_SHAPES[1], torch.float16, "gelu_tanh"),
-    *((shape, torch.bfloat16, "silu") for shape in ((4096, 4096, 11008, 72, 0), (4096, 768, 3072, 130, 0))),
+    *((shape, torch.bfloat16, "silu") for shape in (*GATED_SHAPES, WIDE_SHAPES[0])),
 ]
-FFN_KERNELS = ("ffn", "ffn_rows", "ffn_weights")
+FFN_KERNELS = ("ffn", "ffn_wide", "ffn_rows", "ffn_weights")
+FFN_TF32_SHAPES = [(4096, 768, 3072, 41, 8), (65536, 768, 3072, 68, 0), (1, 384, 1536, 16, 4), WIDE_SHAPES[0]]
 
 
 def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
@@ -92,22 +97,29 @@ def _ffn_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activ
 
     x, z = empty(rows, d), empty(rows, pitch(rank + kept))
     first, second = factors(d, hidden), factors(hidden, d)
-    norm = kernels.Norm("layer", empty(d), empty(d))
+    gate = first if activation == "silu" else None
+    width = (rank + kept) * (1 if gate is None else 2)
+    if launch.kernel == "ffn_wide":
+        if width <= MAX_WIDTH:
+            return []
+        around = (default_launch(kernel, rows, width, launch.archs[0]) for kernel in ("project", "expand"))
+        launches = kernels.WideLaunches(next(around), launch, next(around))
+        with recording() as recorded:
+            kernels.forward_wide(x, first, second, launches, gate=gate, activation=activation)
+        return [call for call in recorded if call.kernel is kernels._ffn_wide]
+    norm = kernels.Norm("layer", empty(d), empty(d)) if gate is None else kernels.Norm("rms", empty(d))
     with recording() as recorded:
-        if not launch.holds(rank + kept, dtype):
+        if not launch.holds(width, dtype):
             pass
         elif launch.kernel == "ffn_rows":
-            kernels.hidden_rows(z, z, first, second, launch, activation)
+            kernels.hidden_rows(z, z, z, first, second, launch, gate, activation)
         elif launch.kernel == "ffn_weights":
-            kernels.hidden_weights(z, z, first, second, launch, activation)
-        elif activation != "silu":
-            kernels.forward(x, first, second, launch, activation=activation, residual=x, norm=norm)
+            kernels.hidden_weights(z, z, z, first, second, launch, gate, activation)
+        else:
+            kernels.forward(x, first, second, launch, gate=gate, activation=activation, residual=x, norm=norm)
             # z is saved only where there is a backward.
-            if all(candidates("ffn_rows", rank + kept, arch, dtype) for arch in launch.archs):
-                kernels.forward_with_z(x, first, second, launch, activation=activation)
-        elif launch.holds(2 * (rank + kept), dtype):
-            norm = kernels.Norm("rms", empty(d))
-            kernels.forward(x, first, second, launch, gate=first, activation=activation, residual=x, norm=norm)
+            if all(candidates("ffn_rows", width, arch, dtype) for arch in launch.archs):
+                kernels.forward_with_z(x, first, second, launch, gate=gate, activation=activation)
     return recorded
 
 

@@ -15,15 +15,18 @@ import torch
 
 from ..triton import missing
 from ..triton.launch import LAUNCHES, candidates
-from .table import Plan, Resolved, Shape, Table
+from .table import FFN, LINEAR, AnyShape, FfnShape, Plan, Resolved, Shape, Table
 
 TABLES = Path(__file__).parent / "tables"
 DEFAULT_TABLE = TABLES / "default.json"
 
-# Forward providers, and the one that stands for them in a backward.
-PROVIDERS = ("one_kernel", "two_kernels", "chain", "dense")
+# Forward providers: the first is lowrank_ffn's, whose chain is its layers one by one; the others are of a linear layer.
+PROVIDERS = ("block", "one_kernel", "two_kernels", "chain", "dense")
+# What stands for a layer's providers in its backward.
 BACKWARD = {"one_kernel": "kernels", "two_kernels": "kernels", "chain": "chain", "dense": "chain"}
-TRITON_PROVIDERS = ("one_kernel", "two_kernels", "kernels")
+TRITON_PROVIDERS = ("block", "one_kernel", "two_kernels", "kernels")
+# The kernels of a block whose launches must hold its rank columns, by direction.
+BLOCK_KERNELS = {"forward": ("ffn",), "backward": ("ffn", "ffn_rows", "ffn_weights")}
 _CHAIN = Plan("chain")
 
 
@@ -40,7 +43,7 @@ class Gpu:
 class Choice:
     """How an operator runs at one shape and row count, and why. ``print`` it."""
 
-    shape: Shape
+    shape: AnyShape
     rows: int
     plan: Plan
     reason: str
@@ -49,8 +52,8 @@ class Choice:
     def __str__(self) -> str:
         shape = self.shape
         text = (
-            f"{shape.op} {shape.direction} {shape.in_features}->{shape.out_features} rank {shape.rank}"
-            f" kept {shape.kept} {shape.dtype}, {self.rows} rows: {_plan_text(self.plan)} ({self.reason})"
+            f"{shape.op} {shape.direction} {shape.text} {shape.dtype}, {self.rows} rows:"
+            f" {_plan_text(self.plan)} ({self.reason})"
         )
         return "\n  or ".join([text, *(_plan_text(plan) for plan in self.alternatives)])
 
@@ -114,27 +117,25 @@ def tables(gpu: Gpu) -> tuple[Table, ...]:
     return tuple(found)
 
 
-_resolved: dict[tuple[Shape, Gpu], Resolved] = {}
+_resolved: dict[tuple[AnyShape, Gpu], Resolved] = {}
 _forced: str | None = None
 _broken: set[Plan] = set()
 
 
-def resolve(shape: Shape, gpu: Gpu) -> Resolved:
+def resolve(shape: AnyShape, gpu: Gpu) -> Resolved:
     """The plans of ``shape`` on ``gpu``; the chain alone if no table knows better. Kept for the next call."""
     key = (shape, gpu)
     found = _resolved.get(key)
     if found is None:
-        if shape.direction == "training":
-            shape = shape._replace(direction="forward")
-        candidates = (table.resolve(shape, gpu.arch) for table in tables(gpu))
+        hits = (table.resolve(shape, gpu.arch) for table in tables(gpu))
         nothing = Resolved((), ((_CHAIN,),), (), "no table has a plan for it")
-        found = _resolved[key] = next((hit for hit in candidates if hit is not None), nothing)
+        found = _resolved[key] = next((hit for hit in hits if hit is not None), nothing)
     return found
 
 
-def choose(shape: Shape, rows: int, gpu: Gpu, inference: bool = True) -> Plan:
+def choose(shape: AnyShape, rows: int, gpu: Gpu, inference: bool = True) -> Plan:
     """The plan for one call. Not in ``inference``: never dense. Under two microseconds once a shape was seen."""
-    if _forced is not None:
+    if is_forced(shape.op):
         return _force(shape, rows, gpu, inference)
     found = _resolved.get((shape, gpu))
     if found is None:
@@ -150,22 +151,32 @@ def choose(shape: Shape, rows: int, gpu: Gpu, inference: bool = True) -> Plan:
     return _CHAIN
 
 
-def _holds(plan: Plan, shape: Shape, arch: int) -> bool:
-    """Whether one_kernel, which may have been measured on a near shape, can hold this one's rank columns."""
-    width, dtype = shape.rank + shape.kept, getattr(torch, shape.dtype)
-    if plan.provider != "one_kernel":
+def _holds(plan: Plan, shape: AnyShape, arch: int) -> bool:
+    """Whether the plan's kernels, which may have been measured on a near shape, can hold this one's rank columns."""
+    width, dtype = shape.width, getattr(torch, shape.dtype)
+    if plan.provider == "block":
+        kernels = BLOCK_KERNELS["backward" if shape.direction == "backward" else "forward"]
+    elif plan.provider == "one_kernel":
+        kernels = ("one_kernel",)
+    else:
         return True
     if not plan.launches:
-        return bool(candidates("one_kernel", width, arch, dtype))
+        return all(candidates(kernel, width, arch, dtype) for kernel in kernels)
     return all(LAUNCHES[name].holds(width, dtype) for name in plan.launches if name in LAUNCHES)
 
 
-def _force(shape: Shape, rows: int, gpu: Gpu, inference: bool) -> Plan:
-    provider = BACKWARD[_forced] if shape.direction == "backward" else _forced
+def _force(shape: AnyShape, rows: int, gpu: Gpu, inference: bool) -> Plan:
+    if shape.op == FFN:
+        # Another name than "block" is one for its layers.
+        provider = _forced if _forced == "block" else "chain"
+    else:
+        provider = BACKWARD[_forced] if shape.direction == "backward" else _forced
     if provider == "dense" and not inference:
         return _CHAIN
     if provider in TRITON_PROVIDERS and gpu.triton is None:
         raise RuntimeError(f"provider {_forced!r} was forced: {missing()}")
+    if provider == "block" and shape.direction == "backward" and not _holds(Plan("block"), shape, gpu.arch):
+        return _CHAIN  # a forward takes further passes over its rank columns, a backward has none
     ranked = resolve(shape, gpu).at(rows)
     return next(
         (plan for plan in ranked if plan.provider == provider and _holds(plan, shape, gpu.arch)), Plan(provider)
@@ -187,8 +198,9 @@ def report_broken(plan: Plan, error: Exception) -> None:
         warnings.warn(f"{_plan_text(plan)} failed and is not used again: {message[0]}", stacklevel=2)
 
 
-def is_forced() -> bool:
-    return _forced is not None
+def is_forced(op: str) -> bool:
+    """Whether :func:`use_provider` decides how ``op`` runs; "block" leaves single layers to the tables."""
+    return _forced is not None and (_forced != "block" or op == FFN)
 
 
 @contextmanager
@@ -196,9 +208,13 @@ def use_provider(name: str | None) -> Iterator[None]:
     """Run every operator on CUDA tensors inside the block by one provider, for comparisons and debugging.
 
     Args:
-        name: "one_kernel" (Triton, the intermediate stays on chip), "two_kernels" (Triton), "chain" (cuBLAS on the
-            packed weights), "dense" (the dense weight, rebuilt once; inference only) or None (by the tables). In a
-            backward the first two mean its Triton kernels, the others cuBLAS. A forced provider that fails raises.
+        name: for linear layers "one_kernel" (Triton, the intermediate stays on chip), "two_kernels" (Triton), "chain"
+            (cuBLAS on the packed weights), "dense" (the dense weight, rebuilt once; inference only) or None (by the
+            tables). In a backward the first two mean its Triton kernels, the others cuBLAS. With any of them
+            ``lowrank_ffn`` runs its layers one by one, by that provider. "block": ``lowrank_ffn`` in one pass (Triton),
+            in training too; float64, and the backward of more rank columns than its launches hold (272 of 2 bytes, 68
+            of 4), run layer by layer all the same, and single layers go by the tables. A forced provider that fails
+            raises.
 
     Raises:
         ValueError: another name.
@@ -221,7 +237,8 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
     """How ``layer`` runs on an input of ``rows`` rows, and why.
 
     Args:
-        layer: a LowRankSparseLinear (anything with its ``down``, ``up`` and ``kept``).
+        layer: a LowRankSparseLinear (anything with its ``down``, ``up`` and ``kept``), or a feed-forward block of them
+            (anything with layers ``first`` and ``second``, and ``gate``, a layer or None).
         rows: the product of the input's leading sizes.
         direction: "forward" (inference), "training" (a forward that autograd records) or "backward".
         gpu: the device to explain for. Default: that of the layer's parameters.
@@ -238,23 +255,19 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         >>> explain(LowRankSparseLinear(768, 768, 80), rows=4096).plan.provider
         'cpu'
     """
-    if not all(isinstance(getattr(layer, name, None), torch.Tensor) for name in ("down", "up")):
-        raise TypeError(f"layer: expected a LowRankSparseLinear, got {type(layer).__name__}")
     if direction not in ("forward", "training", "backward"):
         raise ValueError(f"direction: expected forward, training or backward, got {direction!r}")
     if rows < 0:
         raise ValueError(f"rows: expected at least 0, got {rows}")
-    rank, out_features = layer.up.shape
-    width, in_features = layer.down.shape
-    dtype = str(layer.down.dtype).removeprefix("torch.")
-    shape = Shape("lowrank_sparse_linear", direction, dtype, in_features, out_features, rank, width - rank)
+    shape, down = _shape(layer, direction)
+    dtype, device = down.dtype, down.device
     if gpu is None:
-        if not layer.down.is_cuda:
-            return Choice(shape, rows, Plan("cpu"), f"the parameters are on {layer.down.device}")
-        gpu = current_gpu(layer.down.get_device())
-    if not takes(layer.down.dtype, width, gpu):
-        return Choice(shape, rows, _CHAIN, f"{dtype} products are cuBLAS's here, at torch's precision setting")
-    if _forced is not None:
+        if not down.is_cuda:
+            return Choice(shape, rows, Plan("cpu"), f"the parameters are on {device}")
+        gpu = current_gpu(down.get_device())
+    if not takes(shape.op, dtype, shape.width, gpu):
+        return Choice(shape, rows, _CHAIN, f"{shape.dtype} products are cuBLAS's here, at torch's precision setting")
+    if is_forced(shape.op):
         return Choice(shape, rows, _force(shape, rows, gpu, direction == "forward"), "forced by use_provider")
     found = resolve(shape, gpu)
     plan = choose(shape, rows, gpu, inference=direction == "forward")
@@ -263,10 +276,40 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
     return Choice(shape, rows, plan, f"{found.reason}{nearest}", others)
 
 
-def takes(dtype: torch.dtype, width: int, gpu: Gpu) -> bool:
-    """Whether a layer of ``width`` rank columns is chosen for at all. Forced kernels take exact float32 too, so that
+def _shape(layer: torch.nn.Module, direction: str) -> tuple[AnyShape, torch.Tensor]:
+    """What the plans of ``layer`` depend on, and one of its tensors."""
+    if _is_linear(layer):
+        (in_features, out_features, rank, kept), down = _sizes(layer), layer.down
+        return Shape(LINEAR, direction, _name(down), in_features, out_features, rank, kept), down
+    gate = getattr(layer, "gate", None)
+    layers = [getattr(layer, name, None) for name in ("first", "second")]
+    if not all(_is_linear(part) for part in layers) or not (gate is None or _is_linear(gate)):
+        raise TypeError(f"layer: expected a LowRankSparseLinear or a block of them, got {type(layer).__name__}")
+    (in_features, hidden, rank1, kept1), (_, out_features, rank2, kept2) = map(_sizes, layers)
+    rank_gate = 0 if gate is None else gate.up.shape[0]
+    down = layers[0].down
+    sizes = (in_features, hidden, out_features, (rank1, rank2), (kept1, kept2), rank_gate)
+    return FfnShape(FFN, direction, _name(down), *sizes), down
+
+
+def _is_linear(layer: object) -> bool:
+    return all(isinstance(getattr(layer, name, None), torch.Tensor) for name in ("down", "up"))
+
+
+def _sizes(layer: torch.nn.Module) -> tuple[int, int, int, int]:
+    """(in, out, rank, kept)."""
+    (rank, out_features), (width, in_features) = layer.up.shape, layer.down.shape
+    return in_features, out_features, rank, width - rank
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def takes(op: str, dtype: torch.dtype, width: int, gpu: Gpu) -> bool:
+    """Whether ``op`` of ``width`` rank columns is chosen for at all. Forced kernels take exact float32 too, so that
     they can be compared."""
-    return width > 0 and (matrix_unit(dtype, gpu.arch) or (is_forced() and dtype == torch.float32))
+    return width > 0 and (matrix_unit(dtype, gpu.arch) or (is_forced(op) and dtype == torch.float32))
 
 
 def matrix_unit(dtype: torch.dtype, arch: int) -> bool:

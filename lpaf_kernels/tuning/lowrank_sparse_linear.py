@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ..triton.launch import LAUNCHES, MAX_SPLIT_ROWS, Launch, default_launch, pitch
 from . import dispatch
-from .table import Plan, Shape
-
-OP = "lowrank_sparse_linear"
+from .table import LINEAR, Plan, Shape
 
 
 class Problem(NamedTuple):
@@ -47,7 +45,7 @@ class Problem(NamedTuple):
         rank, out_features = self.up.shape
         width, in_features = self.down.shape
         dtype = str(self.x.dtype).removeprefix("torch.")
-        return Shape(OP, direction, dtype, in_features, out_features, rank, width - rank)
+        return Shape(LINEAR, direction, dtype, in_features, out_features, rank, width - rank)
 
 
 def launches(
@@ -191,7 +189,7 @@ def cuda_forward(
     try:
         y, z, pre = forward(plan, problem, save_z, save_pre, gpu.arch)
     except Exception as error:
-        if dispatch.is_forced() or plan.provider not in dispatch.TRITON_PROVIDERS:
+        if dispatch.is_forced(LINEAR) or plan.provider not in dispatch.TRITON_PROVIDERS:
             raise
         dispatch.report_broken(plan, error)
         y, z, pre = forward(Plan("chain"), problem, save_z, save_pre, gpu.arch)
@@ -226,7 +224,7 @@ def cuda_backward(
     try:
         d_x, *others = backward(plan, problem, grad, z, derivative_at, needs, gpu.arch)
     except Exception as error:
-        if dispatch.is_forced():
+        if dispatch.is_forced(LINEAR):
             raise
         dispatch.report_broken(plan, error)
         return None
@@ -234,7 +232,7 @@ def cuda_backward(
 
 
 def _plan(problem: Problem, gpu: dispatch.Gpu, direction: str) -> Plan:
-    if not dispatch.takes(problem.x.dtype, problem.down.shape[0], gpu):
+    if not dispatch.takes(LINEAR, problem.x.dtype, problem.down.shape[0], gpu):
         return Plan("chain")
     shape, rows = problem.shape(direction), problem.x.shape[0]
     plan = dispatch.choose(shape, rows, gpu, inference=direction == "forward")

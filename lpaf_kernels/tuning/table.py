@@ -8,8 +8,9 @@ Format 1::
                   "in": 768, "out": 3072, "rank": 80, "kept": 154,
                   "rows": {"16": [["one_kernel", ["one_kernel-16x64x128-w4-s3-p0-r144"], 3.1], ["chain", [], 5.0]]}}]}
 
-Each list of plans is ordered, the fastest first: (provider, launch names, microseconds). The default table has
-"gpu": "*" and "rules" in place of entries, see :class:`Rule`.
+Each list of plans is ordered, the fastest first: (provider, launch names, microseconds). An entry of "lowrank_ffn" has
+the sizes of the block, {"in": 768, "hidden": 3072, "out": 768, "ranks": [80, 80], "kept": [38, 0], "gate": 0}, the last
+one the rank of the gate. The default table has "gpu": "*" and "rules" in place of entries, see :class:`Rule`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 FORMAT = 1
 # A shape that was not measured takes the plans of the nearest one that was, if every size is within this factor.
 NEAREST_FACTOR = 1.5
+LINEAR, FFN = "lowrank_sparse_linear", "lowrank_ffn"
 
 
 class Plan(NamedTuple):
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a plan depends on besides the row count."""
+    """What a plan of lowrank_sparse_linear depends on besides the row count."""
 
     op: str
     direction: str
@@ -52,6 +54,20 @@ class Shape(NamedTuple):
         """What must be equal for two shapes to be compared at all."""
         return self.op, self.direction, self.dtype, self.kept > 0
 
+    @property
+    def width(self) -> int:
+        """The rank columns that one program may have to hold."""
+        return self.rank + self.kept
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes as a table stores them."""
+        return {"in": self.in_features, "out": self.out_features, "rank": self.rank, "kept": self.kept}
+
+    @property
+    def text(self) -> str:
+        return f"{self.in_features}->{self.out_features} rank {self.rank} kept {self.kept}"
+
     def distance(self, other: Shape) -> float:
         """The largest factor between two sizes of the shapes, as a logarithm."""
         mine = (self.in_features, self.out_features, self.rank + 1, self.kept + 1)
@@ -59,14 +75,70 @@ class Shape(NamedTuple):
         return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
 
 
+class FfnShape(NamedTuple):
+    """What a plan of lowrank_ffn depends on besides the row count; ``ranks`` and ``kept`` of F1 and F2."""
+
+    op: str
+    direction: str
+    dtype: str
+    in_features: int
+    hidden: int
+    out_features: int
+    ranks: tuple[int, int]
+    kept: tuple[int, int]
+    gate: int
+
+    @property
+    def kind(self) -> tuple:
+        """What must be equal for two shapes to be compared at all."""
+        return self.op, self.direction, self.dtype, self.kept[0] > 0, self.kept[1] > 0, self.gate > 0
+
+    @property
+    def width(self) -> int:
+        """The rank columns that one program may have to hold: those of F1 and the gate together, or those of F2."""
+        return max(self.ranks[0] + self.kept[0] + self.gate, self.ranks[1] + self.kept[1])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes as a table stores them."""
+        sizes = {"in": self.in_features, "hidden": self.hidden, "out": self.out_features}
+        return sizes | {"ranks": self.ranks, "kept": self.kept, "gate": self.gate}
+
+    @property
+    def text(self) -> str:
+        ranks, kept = (f"{first}, {second}" for first, second in (self.ranks, self.kept))
+        gate = f" gate {self.gate}" if self.gate else ""
+        return f"{self.in_features}->{self.hidden}->{self.out_features} ranks {ranks} kept {kept}{gate}"
+
+    def distance(self, other: FfnShape) -> float:
+        """The largest factor between two sizes of the shapes, as a logarithm."""
+        mine, theirs = (
+            (
+                shape.in_features,
+                shape.hidden,
+                shape.out_features,
+                *(n + 1 for n in (*shape.ranks, *shape.kept, shape.gate)),
+            )
+            for shape in (self, other)
+        )
+        return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+
+
+AnyShape = Shape | FfnShape
+
+
 @dataclass(frozen=True)
 class Rule:
     """Plans of the default table for every shape that fits; a field of None fits all.
 
+    Of several rules that fit the same rows the first one serves.
+
     Args:
-        direction: "forward" (training too) or "backward".
-        kept: whether there are kept columns.
-        archs: compute capabilities times ten (80, 90, 100); a newer GPU counts as the newest listed one.
+        direction: "forward" (training too, unless a rule before it names "training"), "training" or "backward".
+        op: the operator. Default: "lowrank_sparse_linear".
+        kept: whether there are kept columns ("lowrank_sparse_linear" only).
+        max_width: the most rank columns, see the shapes' ``width``.
+        archs: compute capabilities times ten.
         dtypes: names.
         rows: [first, last] row counts, last of None: no end.
         plans: as in an entry, without times.
@@ -74,15 +146,19 @@ class Rule:
 
     direction: str
     plans: tuple[Plan, ...]
+    op: str = LINEAR
     kept: bool | None = None
+    max_width: int | None = None
     archs: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     rows: tuple[int, int | None] = (0, None)
 
-    def fits(self, shape: Shape, arch: int) -> bool:
+    def fits(self, shape: AnyShape, arch: int) -> bool:
         return (
-            shape.direction == self.direction
+            shape.op == self.op
+            and (shape.direction == self.direction or (shape.direction, self.direction) == ("training", "forward"))
             and (self.kept is None or self.kept == (shape.kept > 0))
+            and (self.max_width is None or shape.width <= self.max_width)
             and (self.archs is None or arch in self.archs)
             and (self.dtypes is None or shape.dtype in self.dtypes)
         )
@@ -112,7 +188,7 @@ class Table:
     path: str
     gpu: str
     triton: str
-    entries: dict[Shape, dict[int, tuple[Plan, ...]]] = field(default_factory=dict)
+    entries: dict[AnyShape, dict[int, tuple[Plan, ...]]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     @classmethod
@@ -121,10 +197,9 @@ class Table:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, expected {FORMAT}")
-            entries: dict[Shape, dict[int, tuple[Plan, ...]]] = {}
+            entries: dict[AnyShape, dict[int, tuple[Plan, ...]]] = {}
             for entry in data.get("entries", ()):
-                sizes = (int(entry[key]) for key in ("in", "out", "rank", "kept"))
-                shape = Shape(entry["op"], entry["direction"], entry["dtype"], *sizes)
+                shape = _shape(entry)
                 entries[shape] = {int(rows): _plans(plans) for rows, plans in entry["rows"].items()}
                 if not entries[shape] or not all(entries[shape].values()):
                     raise ValueError(f"an entry without plans: {shape}")
@@ -142,17 +217,17 @@ class Table:
             return f"it was measured with Triton {self.triton}, this is {triton}"
         return None
 
-    def resolve(self, shape: Shape, arch: int) -> Resolved | None:
+    def resolve(self, shape: AnyShape, arch: int) -> Resolved | None:
         """The plans of ``shape``: its own entry, that of the nearest shape, or the rules; None if nothing fits."""
         name = Path(self.path).name
-        if shape in self.entries:
-            return by_rows(self.entries[shape], f"{name}, measured")
-        near = min((known for known in self.entries if known.kind == shape.kind), key=shape.distance, default=None)
+        # A forward is measured once, whether autograd records it or not.
+        measured = shape._replace(direction="forward") if shape.direction == "training" else shape
+        if measured in self.entries:
+            return by_rows(self.entries[measured], f"{name}, measured")
+        kind = measured.kind
+        near = min((known for known in self.entries if known.kind == kind), key=shape.distance, default=None)
         if near is not None and shape.distance(near) <= math.log(NEAREST_FACTOR):
-            sizes = f"{near.in_features}->{near.out_features} rank {near.rank} kept {near.kept}"
-            return by_rows(self.entries[near], f"{name}, measured on the nearest shape {sizes}")
-        listed = [known for rule in self.rules for known in rule.archs or ()]
-        arch = min(arch, max(listed)) if listed else arch
+            return by_rows(self.entries[near], f"{name}, measured on the nearest shape {near.text}")
         rules = sorted((rule for rule in self.rules if rule.fits(shape, arch)), key=lambda rule: rule.rows[0])
         if not rules:
             return None
@@ -167,26 +242,34 @@ def by_rows(plans: dict[int, tuple[Plan, ...]], reason: str) -> Resolved:
     return Resolved(limits, tuple(plans[count] for count in rows), tuple(rows), reason)
 
 
-def to_json(entries: dict[Shape, dict[int, tuple[Plan, ...]]], meta: dict[str, Any]) -> str:
+def to_json(entries: dict[AnyShape, dict[int, tuple[Plan, ...]]], meta: dict[str, Any]) -> str:
     """The text of a table: ``meta`` (gpu, triton, ...) and ``entries``, one line per row count."""
     lines = []
     for shape in sorted(entries):
-        fields = {"op": shape.op, "direction": shape.direction, "dtype": shape.dtype}
-        fields |= {"in": shape.in_features, "out": shape.out_features, "rank": shape.rank, "kept": shape.kept}
+        head = {"op": shape.op, "direction": shape.direction, "dtype": shape.dtype, **shape.fields}
         rows = ",\n    ".join(f'"{rows}": {json.dumps(plans)}' for rows, plans in sorted(entries[shape].items()))
-        lines.append(f'  {json.dumps(fields)[:-1]}, "rows": {{\n    {rows}}}}}')
-    head = json.dumps({"format": FORMAT, **meta}, indent=1)[:-2]
+        lines.append(f'  {json.dumps(head)[:-1]}, "rows": {{\n    {rows}}}}}')
+    top = json.dumps({"format": FORMAT, **meta}, indent=1)[:-2]
     body = ",\n".join(lines)
-    return f'{head},\n "entries": [\n{body}\n]}}\n'
+    return f'{top},\n "entries": [\n{body}\n]}}\n'
 
 
 def _plans(plans: Iterable[list]) -> tuple[Plan, ...]:
     return tuple(Plan(provider, tuple(launches), *time) for provider, launches, *time in plans)
 
 
+def _shape(entry: dict[str, Any]) -> AnyShape:
+    head = entry["op"], entry["direction"], entry["dtype"]
+    if entry["op"] != FFN:
+        return Shape(*head, *(int(entry[key]) for key in ("in", "out", "rank", "kept")))
+    sizes = (int(entry[key]) for key in ("in", "hidden", "out"))
+    (rank1, rank2), (kept1, kept2) = entry["ranks"], entry["kept"]
+    return FfnShape(*head, *sizes, (int(rank1), int(rank2)), (int(kept1), int(kept2)), int(entry["gate"]))
+
+
 def _rule(rule: dict[str, Any]) -> Rule:
-    known = {"direction", "kept", "archs", "dtypes", "rows", "plans"}
+    known = {field.name for field in fields(Rule)}
     if set(rule) - known:
         raise ValueError(f"a rule with unknown fields {sorted(set(rule) - known)}")
-    fields = {key: tuple(rule[key]) for key in ("archs", "dtypes", "rows") if key in rule}
-    return Rule(rule["direction"], _plans(rule["plans"]), rule.get("kept"), **fields)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
+    return Rule(**given | {"plans": _plans(rule["plans"])})

@@ -1,4 +1,7 @@
-"""Measure which way lowrank_sparse_linear runs fastest on this GPU, and write the table that dispatch reads."""
+"""Measure which way lowrank_sparse_linear runs fastest on this GPU, and write the table that dispatch reads.
+
+What is common to operators is here too; :mod:`.tune_lowrank_ffn` measures lowrank_ffn.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +23,7 @@ from .._version import __version__
 from ..triton.launch import candidates
 from . import dispatch
 from .lowrank_sparse_linear import Problem, backward, forward
-from .table import Plan, Shape, Table, to_json
+from .table import LINEAR, AnyShape, Plan, Shape, Table, to_json
 
 ROWS = (1, 16, 128, 512, 4096, 16384)
 # Inputs rotate through about twice the L2 cache of the largest GPUs, so that x is read from memory as in a model.
@@ -115,10 +119,6 @@ def rank_plans(
     plans = (
         forward_plans(width, gpu.arch, problem.x.dtype) if direction == "forward" else backward_plans(width, gpu.arch)
     )
-    # Tall tiles make no sense on few rows: more than half of the tile would be padding.
-    plans = [plan for plan in plans if _least_rows(plan) <= max(2 * rows, 16)]
-    copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(problem.x.nbytes, 1)))
-    inputs = itertools.cycle([problem, *(problem._replace(x=problem.x.clone()) for _ in range(copies - 1))])
     grad = torch.randn(rows, problem.up.shape[1], device=problem.x.device).to(problem.x.dtype)
     needs = (True, True, True, problem.bias is not None)
     z = forward(Plan("chain"), problem, True, False, gpu.arch)[1]
@@ -130,12 +130,34 @@ def rank_plans(
             return chain_backward(given, grad, z)
         return backward(plan, given, grad, z, None, needs, gpu.arch)
 
-    exact_problem = Problem(*(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in problem))
+    exact_problem = double(problem)
     if direction == "forward":
         exact = forward(Plan("chain"), exact_problem, False, False, gpu.arch)[:1]
     else:
         wide = forward(Plan("chain"), exact_problem, True, False, gpu.arch)[1]
         exact = chain_backward(exact_problem, grad.double(), wide)
+    return rank(plans, rows, outputs, problem, exact, times)
+
+
+def double(problem: NamedTuple) -> NamedTuple:
+    """The problem with every floating tensor in float64."""
+    fields = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in problem)
+    return type(problem)(*fields)
+
+
+def rank(
+    plans: Sequence[Plan],
+    rows: int,
+    outputs: Callable[[Plan, NamedTuple], tuple[Tensor, ...]],
+    problem: NamedTuple,
+    exact: tuple[Tensor, ...],
+    times: Callable[[Sequence[Callable[[], object]]], list[float]],
+) -> tuple[Plan, ...]:
+    """Those of ``plans`` whose ``outputs`` of ``problem`` are about as near to ``exact`` as the chain's, by time."""
+    # Tall tiles make no sense on few rows: more than half of the tile would be padding.
+    plans = [plan for plan in plans if _least_rows(plan) <= max(2 * rows, 16)]
+    copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(problem.x.nbytes, 1)))
+    inputs = itertools.cycle([problem, *(problem._replace(x=problem.x.clone()) for _ in range(copies - 1))])
     allowed = [_MAX_ERROR * _error(*pair) for pair in zip(outputs(Plan("chain"), problem), exact)]
     right: list[Plan] = []
     for plan in plans:
@@ -208,37 +230,68 @@ def tune_linear(
         RuntimeError: no CUDA device, or no triton.
         ValueError: a direction or a shape that does not exist, or an ``output`` that is no table of this GPU.
     """
+    gpu = this_gpu()
+    name = str(dtype).removeprefix("torch.")
+    found = []
+    for sizes, direction in itertools.product(list(shapes), checked_directions(directions)):
+        if len(sizes) != 4 or min(sizes[:2]) < 1 or min(sizes[2:]) < 0 or sum(sizes[2:]) == 0:
+            raise ValueError(f"shapes: expected (in, out, rank, kept), got {sizes}")
+        found.append(Shape(LINEAR, direction, name, *sizes))
+
+    def ranked(shape: Shape, count: int) -> tuple[Plan, ...]:
+        sizes = (shape.in_features, shape.out_features, shape.rank, shape.kept)
+        return rank_plans(make_problem(count, *sizes, dtype), shape.direction, gpu, graph_times)
+
+    return measure(found, rows, ranked, gpu, budget_s, output, report)
+
+
+def this_gpu() -> dispatch.Gpu:
+    """The GPU to measure on."""
     if not torch.cuda.is_available():
         raise RuntimeError("tuning measures on a GPU: torch finds no CUDA device here")
     gpu = dispatch.current_gpu(torch.cuda.current_device())
     if gpu.triton is None:
         raise RuntimeError(f"tuning measures Triton kernels: {dispatch.missing()}")
+    return gpu
+
+
+def checked_directions(directions: Sequence[str]) -> Sequence[str]:
+    for direction in directions:
+        if direction not in ("forward", "backward"):
+            raise ValueError(f"directions: expected forward or backward, got {direction!r}")
+    return directions
+
+
+def measure(
+    shapes: Iterable[AnyShape],
+    rows: Sequence[int],
+    ranked: Callable[[AnyShape, int], tuple[Plan, ...]],
+    gpu: dispatch.Gpu,
+    budget_s: float | None,
+    output: Path | None,
+    report: Callable[[str], None],
+) -> Path:
+    """Add what ``ranked`` finds for every shape and row count to the table, which is written after each of them."""
     path = Path(output) if output is not None else dispatch.user_table(gpu.name)
     entries = _known(path, gpu)
     started = time.monotonic()
-    name = str(dtype).removeprefix("torch.")
-    for sizes, direction in itertools.product(list(shapes), directions):
-        if direction not in ("forward", "backward"):
-            raise ValueError(f"directions: expected forward or backward, got {direction!r}")
-        if len(sizes) != 4 or min(sizes[:2]) < 1 or min(sizes[2:]) < 0 or sum(sizes[2:]) == 0:
-            raise ValueError(f"shapes: expected (in, out, rank, kept), got {sizes}")
-        shape = Shape("lowrank_sparse_linear", direction, name, *sizes)
-        for count in rows:
-            if budget_s is not None and time.monotonic() - started > budget_s:
-                report(f"stopped after {budget_s:.0f} s, before {shape} {count} rows")
-                return path
-            ranked = rank_plans(make_problem(count, *sizes, dtype), direction, gpu, graph_times)
-            entries.setdefault(shape, {})[count] = ranked
-            best = ranked[0]
-            chain = next(plan.microseconds for plan in ranked if plan.provider == "chain")
-            report(
-                f"{direction} {sizes} {count} rows: {best.provider} {best.microseconds:.1f} us, chain {chain:.1f} us"
-            )
-            _write(path, entries, gpu)
+    for shape, count in itertools.product(list(shapes), rows):
+        if budget_s is not None and time.monotonic() - started > budget_s:
+            report(f"stopped after {budget_s:.0f} s, before {shape.direction} {shape.text} {count} rows")
+            return path
+        plans = ranked(shape, count)
+        entries.setdefault(shape, {})[count] = plans
+        best = plans[0]
+        chain = next(plan.microseconds for plan in plans if plan.provider == "chain")
+        report(
+            f"{shape.direction} {shape.text} {count} rows: {best.provider} {best.microseconds:.1f} us,"
+            f" chain {chain:.1f} us"
+        )
+        _write(path, entries, gpu)
     return path
 
 
-def _known(path: Path, gpu: dispatch.Gpu) -> dict[Shape, dict[int, tuple[Plan, ...]]]:
+def _known(path: Path, gpu: dispatch.Gpu) -> dict[AnyShape, dict[int, tuple[Plan, ...]]]:
     """The entries of a table that is already there and was measured on this GPU."""
     if not path.is_file():
         return {}
@@ -255,7 +308,7 @@ def _known(path: Path, gpu: dispatch.Gpu) -> dict[Shape, dict[int, tuple[Plan, .
     return {} if reason is not None else dict(table.entries)
 
 
-def _write(path: Path, entries: dict[Shape, dict[int, tuple[Plan, ...]]], gpu: dispatch.Gpu) -> None:
+def _write(path: Path, entries: dict[AnyShape, dict[int, tuple[Plan, ...]]], gpu: dispatch.Gpu) -> None:
     """Replace the file in one step, so that an interrupted run leaves the old or the new one."""
     meta = {
         "gpu": gpu.name,

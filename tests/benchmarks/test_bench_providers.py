@@ -38,11 +38,12 @@ def session(*names: str, extra: dict[str, Provider] | None = None) -> Session:
 
 def test_the_registry_has_all_that_speed_is_claimed_against():
     baselines = {"dense", "dense_compile", "chain", "chain_graph", "compile", "compile_b2b"}
-    ours = {"ours", "ours_layers", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
-    assert set(PROVIDERS) == baselines | ours
+    linears = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
+    assert set(PROVIDERS) == baselines | linears | {"ours_layers", "ours_block"}
     blocks = {"ffn", "attention", "encoder"}
-    of_blocks = {"dense_compile", "ours_layers"}
-    assert all(set(p.builds) == (blocks if p.name in of_blocks else {"linear"} | blocks) for p in PROVIDERS.values())
+    runs = {name: {"linear"} | blocks for name in PROVIDERS}
+    runs |= dict.fromkeys(("dense_compile", "ours_layers", "ours_block"), blocks)
+    assert {name: set(provider.builds) for name, provider in PROVIDERS.items()} == runs
     assert all(name == provider.name and provider.summary for name, provider in PROVIDERS.items())
     assert set(choose(["default"], CPU, {})) == {"dense", "chain", "ours"}
     assert set(choose(["all"], torch.device("cuda"), {})) == set(PROVIDERS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ TINY = {
         Launch("ffn", 16, 16, 16, 4, 1, splits=1),
         Launch("ffn", 16, 16, 32, 4, 1, splits=3),
         Launch("ffn", 32, 32, 16, 4, 1, splits=2),
+    ],
+    "ffn_wide": [
+        Launch("ffn_wide", 16, 16, 16, 4, 1, max_width=48),
+        Launch("ffn_wide", 16, 32, 32, 4, 1, splits=3),
     ],
     "ffn_rows": [Launch("ffn_rows", 16, 16, 0, 4, 1), Launch("ffn_rows", 16, 32, 0, 4, 1, splits=3)],
     "ffn_weights": [
@@ -142,20 +147,32 @@ def _check(seed: int) -> None:
         check_accurate(actual, chained, exact)
 
 
-def _factors(draw: random.Random, d_in: int, d_out: int, most: int, dtype: torch.dtype) -> Factors:
-    """Drawn factors of at most ``most`` rank and kept columns, at least one of them."""
-    from lpaf_kernels.triton.lowrank_ffn import Factors
+class Drawn(NamedTuple):
+    """The sizes of drawn factors."""
 
+    rank: int
+    kept: int
+    index: torch.dtype
+    biased: bool
+
+    def factors(self, d_in: int, d_out: int, dtype: torch.dtype) -> Factors:
+        from lpaf_kernels.triton.lowrank_ffn import Factors
+
+        positions = torch.randperm(d_out)[: self.kept].sort().values.to(self.index)
+        return Factors(
+            (torch.randn(self.rank + self.kept, d_in) / d_in**0.5).to(dtype),
+            (torch.randn(self.rank, d_out) / max(self.rank, 1) ** 0.5).to(dtype),
+            positions if self.kept else None,
+            torch.randn(d_out).to(dtype) if self.biased else None,
+        )
+
+
+def _draw_factors(draw: random.Random, d_out: int, most: int, ranks: Sequence[int] = ()) -> Drawn:
+    """At most ``most`` rank and kept columns, at least one of them."""
     kept = min(draw.choice([0, 0, 1, d_out // 2, d_out]), most)
-    rank = min(draw.choice([0, 1, 7, 16, 20, 41, 80, draw.randint(1, 150)]), most - kept)
+    rank = min(draw.choice(ranks or [0, 1, 7, 16, 20, 41, 80, draw.randint(1, 150)]), most - kept)
     rank = max(rank, 1) if kept == 0 else rank
-    positions = torch.randperm(d_out)[:kept].sort().values.to(draw.choice([torch.int32, torch.int64]))
-    return Factors(
-        (torch.randn(rank + kept, d_in) / d_in**0.5).to(dtype),
-        (torch.randn(rank, d_out) / max(rank, 1) ** 0.5).to(dtype),
-        positions if kept else None,
-        torch.randn(d_out).to(dtype) if draw.random() < 0.7 else None,
-    )
+    return Drawn(rank, kept, draw.choice([torch.int32, torch.int64]), draw.random() < 0.7)
 
 
 def _apart(rows: int, cols: int, draw: random.Random, dtype: torch.dtype) -> Tensor:
@@ -192,34 +209,52 @@ def ffn_chain(
 def check_lowrank_ffn(seed: int, device: str = "cpu") -> None:
     """The forward of one drawn block, against float64 and within twice the chain's error."""
     with torch.device(device):
-        _check_ffn(seed)
+        _check_ffn(seed, wide=False)
 
 
-def _check_ffn(seed: int) -> None:
-    from lpaf_kernels.triton.lowrank_ffn import Norm, forward
+def check_lowrank_ffn_wide(seed: int, device: str = "cpu") -> None:
+    """The same in passes over many rank columns."""
+    with torch.device(device):
+        _check_ffn(seed, wide=True)
+
+
+def _check_ffn(seed: int, wide: bool) -> None:
+    from lpaf_kernels.triton import lowrank_ffn as kernels
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = DTYPES[seed % 3]
     activation = ACTIVATIONS[seed // 3 % 6]
+    launches = kernels.WideLaunches(*(draw_launch(name, seed) for name in ("project", "ffn_wide", "expand")))
     launch = draw_launch("ffn", seed)
     rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
     d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 120), draw.randint(2, 90)
-    x = _apart(rows, d_in, draw, dtype)
+    if wide:  # small otherwise: the interpreter takes seconds for a rank of 1024
+        rows, hidden, d_out = min(rows, 33), min(hidden, 70), min(d_out, 40)
     gated = draw.random() < 0.3
-    most = launch.max_width // 2 if gated else launch.max_width
-    first = _factors(draw, d_in, hidden, most, dtype)
-    gate = _factors(draw, d_in, hidden, most, dtype) if gated else None
-    second = _factors(draw, hidden, d_out, launch.max_width, dtype)
+    # The smallest tiles make the most steps.
+    ranks = ((41, 384, 1024) if launches.wide in LAUNCHES.values() else (1, 20, 130, 273)) if wide else ()
+    most = 2048 if wide else launch.max_width
+    inner = most // 2 if gated else most
+    first, gate = _draw_factors(draw, hidden, inner, ranks), _draw_factors(draw, hidden, inner, ranks)
+    second = _draw_factors(draw, d_out, most, ranks)
     residual = _apart(rows, d_out, draw, dtype) if draw.random() < 0.6 else None
     kind = draw.choice(["none", "layer", "rms"])
-    weight = torch.randn(d_out).to(dtype) if draw.random() < 0.8 else None
-    bias = torch.randn(d_out).to(dtype) if kind == "layer" and weight is not None else None
-    norm = None if kind == "none" else Norm(kind, weight, bias, draw.choice([1e-5, 1e-12, 0.1]))
+    norm = None
+    if kind != "none":
+        bias = torch.randn(d_out).to(dtype) if kind == "layer" and draw.random() < 0.7 else None
+        norm = kernels.Norm(kind, torch.randn(d_out).to(dtype), bias, draw.choice([1e-5, 1e-12, 0.1]))
+    x = _apart(rows, d_in, draw, dtype)
+    first, second = first.factors(d_in, hidden, dtype), second.factors(hidden, d_out, dtype)
+    gate = gate.factors(d_in, hidden, dtype) if gated else None
     block = (first, second, gate, activation, residual, norm)
     chained = ffn_chain(x, *block)
     exact = ffn_chain(x.double(), *block)
-    y = forward(x, first, second, launch, gate=gate, activation=activation, residual=residual, norm=norm)
+    options = {"gate": gate, "activation": activation, "residual": residual, "norm": norm}
+    if wide:
+        y = kernels.forward_wide(x, first, second, launches, **options)
+    else:
+        y = kernels.forward(x, first, second, launch, **options)
     check_accurate(y, chained, exact)
 
 
@@ -240,34 +275,98 @@ def _check_ffn_backward(seed: int) -> None:
     launches = kernels.BackwardLaunches(*(draw_launch(name, seed) for name in names))
     launch = draw_launch("ffn", seed)
     most = min(launch.max_width, launches.rows.max_width, launches.weights.max_width)
-    rows = draw.choice([0, 2, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
-    d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 120), draw.randint(2, 90)
-    x = _apart(rows, d_in, draw, dtype)
-    grad = _apart(rows, d_out, draw, dtype)
-    first, second = _factors(draw, d_in, hidden, most, dtype), _factors(draw, hidden, d_out, most, dtype)
+    rows = draw.choice([0, 1, 2, 15, 16, 33, 50]) if seed % 8 else draw.randint(1, 140)
+    d_in, hidden, d_out = draw.randint(1, 70), draw.randint(2, 100), draw.randint(2, 70)
+    gated = draw.random() < 0.4
+    inner, ranks = (most // 2, (0, 1, 7, 16, 41)) if gated else (most, ())
+    drawn = [_draw_factors(draw, size, held, ranks) for size, held in ((hidden, inner), (d_out, most), (hidden, inner))]
+    # The largest error of a handful of entries is a matter of luck: several draws are measured together.
+    few = min(rows, d_in, hidden, d_out, *(part.rank + part.kept for part in drawn)) < 4
+    results = []
+    for _ in range(8 if rows in (1, 2) else 3 if few else 1):
+        x = _apart(rows, d_in, draw, dtype)
+        grad = _apart(rows, d_out, draw, dtype)
+        first, second = drawn[0].factors(d_in, hidden, dtype), drawn[1].factors(hidden, d_out, dtype)
+        gate = drawn[2].factors(d_in, hidden, dtype) if gated else None
+        y, *saved = kernels.forward_with_z(x, first, second, launch, gate=gate, activation=activation)
+        if seed % 8 == 0:
+            again = kernels.intermediates(x, first, second, launch, gate=gate, activation=activation)
+            assert all(map(torch.equal, again, saved))
+        found = kernels.backward(grad, x, saved, first, second, launches, gate=gate, activation=activation)
+        chained, exact = (
+            _ffn_gradients(grad, x, saved, first, second, gate, activation, to) for to in (dtype, torch.double)
+        )
+        y_chained, y_exact = (
+            ffn_chain(x.to(to), first, second, gate, activation, None, None) for to in (dtype, torch.double)
+        )
+        results.append([(y, y_chained, y_exact)])
+        results[-1] += [(getattr(found, name), chained[name], exact[name]) for name in chained]
+    for same in zip(*results, strict=True):
+        check_accurate(*(torch.stack(tensors) for tensors in zip(*same, strict=True)))
 
-    y, z1, z2 = kernels.forward_with_z(x, first, second, launch, activation=activation)
-    check_accurate(
-        y, *(ffn_chain(x.to(to), first, second, None, activation, None, None) for to in (dtype, torch.double))
-    )
-    actual = kernels.backward(grad, x, z1, z2, first, second, launches, activation=activation)
-    assert (actual.bias1 is None) == (first.bias is None)
-    assert (actual.bias2 is None) == (second.bias is None)
-    references = []
-    for to in (dtype, torch.double):
-        # From the same z1, so that no kink of relu lies between them.
-        z = z1[:, : first.width].to(to)
-        tensors = (z, first.up, first.bias, second.down, second.up, second.bias)
-        leaves = [None if t is None else t.detach().to(to).requires_grad_() for t in tensors]
-        pre = F.linear(leaves[0][:, : first.rank], leaves[1].t(), leaves[2])
-        if first.kept is not None:
-            pre = pre.index_add(1, first.kept, leaves[0][:, first.rank :])
-        _, _, result = chain(act(pre, activation), leaves[3], leaves[4], second.kept, leaves[5], "none")
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        d_z, *others = torch.autograd.grad(result, wanted, grad.to(to))
-        references.append([d_z @ first.down.to(to), d_z.t() @ x.to(to), *others])
-    for result, chained, exact in zip((t for t in actual if t is not None), *references):
-        check_accurate(result, chained, exact)
+
+def _ffn_gradients(
+    grad: Tensor, x: Tensor, saved: Sequence[Tensor], first: Factors, second: Factors, gate: Factors | None,
+    activation: str, dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients by name, by torch in ``dtype`` from the saved z: no kink of relu lies between them."""
+    leaves = {"up1": first.up, "bias1": first.bias, "down2": second.down, "up2": second.up, "bias2": second.bias}
+    leaves["z1"] = saved[0][:, : first.width]
+    if gate is not None:
+        leaves |= {"up_gate": gate.up, "bias_gate": gate.bias, "z_g": saved[1][:, : gate.width]}
+    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+
+    def layer(z: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = F.linear(z[:, : up.shape[0]], up.t(), bias)
+        return y if kept is None else y.index_add(1, kept, z[:, up.shape[0] :])
+
+    h = layer(leaves["z1"], leaves["up1"], first.kept, leaves.get("bias1"))
+    if gate is None:
+        h = act(h, activation)
+    else:
+        h = act(layer(leaves["z_g"], leaves["up_gate"], gate.kept, leaves.get("bias_gate")), activation) * h
+    y = layer(F.linear(h, leaves["down2"]), leaves["up2"], second.kept, leaves.get("bias2"))
+    found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad.to(dtype))))
+    d_z1 = found.pop("z1")
+    found |= {"x": d_z1 @ first.down.to(dtype), "down1": d_z1.t() @ x.to(dtype)}
+    if gate is not None:
+        d_z_g = found.pop("z_g")
+        found["x"] = found["x"] + d_z_g @ gate.down.to(dtype)
+        found["down_gate"] = d_z_g.t() @ x.to(dtype)
+    return found
+
+
+def check_lowrank_ffn_plan(seed: int) -> None:
+    """The operator's forward and backward as the plan "block" makes them, with residual and norm."""
+    from lpaf_kernels.ops.lowrank_ffn import chain as layers
+    from lpaf_kernels.ops.lowrank_ffn import chain_backward
+    from lpaf_kernels.tuning import FfnShape, Plan
+    from lpaf_kernels.tuning import lowrank_ffn as plans
+    from lpaf_kernels.tuning.tune import double
+    from lpaf_kernels.tuning.tune_lowrank_ffn import make_ffn_problem
+
+    torch.manual_seed(seed)
+    gate, norm = 9 * (seed % 2), ("none", "layer", "rms")[seed % 3]
+    # A forward with more columns than a launch holds of 4-byte numbers takes passes over them.
+    ranks = (41, 300) if seed == 0 else (12, 20)
+    shape = FfnShape("lowrank_ffn", "forward", "float32", 24, 50, 33, ranks, (5, 7), gate)
+    problem = make_ffn_problem(21, shape, torch.float32, "cpu")
+    weight, bias = torch.randn(2, 33)
+    problem = problem._replace(residual=torch.randn(21, 33) if seed else None)
+    if norm != "none":
+        problem = problem._replace(norm=norm, eps=1e-5, norm_weight=weight, norm_bias=bias if norm == "layer" else None)
+    exact = double(problem)
+    check_accurate(plans.forward(Plan("block"), problem, 90), layers(*problem), layers(*exact))
+    if seed == 0:
+        return
+    grad = torch.randn(21, 33)
+    for needed in (lambda name: True, lambda name: name in ("x", "down_gate", "norm_weight")):
+        tensors = {name: value for name, value in problem._asdict().items() if name not in plans.OTHERS}
+        needs = [value is not None and needed(name) for name, value in tensors.items()]
+        found = plans.backward(Plan("block"), problem, grad, needs, 90)
+        chained, wide = chain_backward(grad, *problem, needs), chain_backward(grad.double(), *exact, needs)
+        for results in zip(found, chained, wide, strict=True):
+            check_accurate(*results)
 
 
 def is_interpreting() -> bool:

@@ -212,7 +212,7 @@ def test_opcheck(norm, gate):
     tensors, kept, _ = make((5,), 7, 11, 6, (3, 2), (2, 1), gate, True, True, norm)
     names = ("down1", "up1", "kept1", "bias1", "down2", "up2", "kept2", "bias2", "down_gate", "up_gate", "bias_gate")
     values = [tensors["x"], *((tensors | kept).get(name) for name in (*names, "residual", "weight", "bias"))]
-    torch.library.opcheck(torch.ops.lpaf_kernels.lowrank_ffn, (*values, "gelu", norm, 1e-5))
+    torch.library.opcheck(torch.ops.lpaf_kernels.lowrank_ffn, (*values, "gelu", norm, 1e-5, True))
     plain = [None if value is None else value.detach() for value in values]
     needs = [plain[index] is not None for index in op._FLOATING]
     arguments = (torch.randn(5, 6), *plain, "gelu", norm, 1e-5, needs)

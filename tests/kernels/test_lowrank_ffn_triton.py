@@ -11,8 +11,15 @@ import pytest
 import torch
 
 import interpreted
+from accuracy import check_accurate
+from lpaf_kernels import use_provider
 from lpaf_kernels.triton.launch import LAUNCHES, Launch, default_launch
-from lpaf_kernels.triton.shipped import FFN_ALL_CASES, FFN_CORE_CASES, FFN_KERNELS, faults
+from lpaf_kernels.triton.shipped import FFN_ALL_CASES, FFN_CORE_CASES, FFN_KERNELS, FFN_TF32_SHAPES, faults
+from lpaf_kernels.tuning import FfnShape
+from lpaf_kernels.tuning.dispatch import matrix_unit
+from lpaf_kernels.tuning.lowrank_ffn import Problem
+from lpaf_kernels.tuning.tune import double
+from lpaf_kernels.tuning.tune_lowrank_ffn import make_ffn_problem
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SEEDS = range(180)
@@ -36,9 +43,21 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(90))
 def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
     interpreter(interpreted.check_lowrank_ffn_backward, seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(24))
+def test_wide_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_ffn_wide, seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_ffn_plan, seed)
 
 
 @needs_triton
@@ -47,10 +66,35 @@ def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_lowrank_ffn(seed, "cuda")
+    interpreted.check_lowrank_ffn_wide(seed, "cuda")
     interpreted.check_lowrank_ffn_backward(seed, "cuda")
 
 
-@pytest.mark.parametrize(("kernel", "seeds"), [("ffn", 180), ("ffn_rows", 120), ("ffn_weights", 120)])
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gate", [0, 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_operator_on_a_gpu(dtype: torch.dtype, gate: int) -> None:
+    """The operator end to end, made to run as one block: autograd with a norm and a residual."""
+    shape = FfnShape("lowrank_ffn", "forward", "", 96, 160, 96, (41, 20), (13, 0), gate)
+    problem = make_ffn_problem(70, shape, dtype)._replace(norm="rms", eps=1e-5)
+    problem = problem._replace(norm_weight=torch.randn_like(problem.x[0]), residual=torch.randn_like(problem.x))
+
+    def run(problem: Problem) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in problem]
+        y = torch.ops.lpaf_kernels.lowrank_ffn(*leaves, True)
+        wanted = [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.requires_grad]
+        return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+    with use_provider("chain"):
+        chained, exact = run(problem), run(double(problem))
+    with use_provider("block"):
+        for results in zip(run(problem), chained, exact, strict=True):
+            check_accurate(*results)
+
+
+@pytest.mark.parametrize(("kernel", "seeds"), [("ffn", 180), ("ffn_wide", 24), ("ffn_rows", 90), ("ffn_weights", 90)])
 def test_every_launch_is_drawn(kernel: str, seeds: int) -> None:
     drawn = {interpreted.draw_launch(kernel, seed) for seed in range(seeds)}
     assert {launch for launch in LAUNCHES.values() if launch.kernel == kernel} <= drawn
@@ -72,6 +116,17 @@ def test_compiled(name: str, arch: int) -> None:
 @pytest.mark.parametrize(("name", "arch"), COMPILED)
 def test_compiled_at_every_shape(name: str, arch: int) -> None:
     check_compiled(name, arch, FFN_ALL_CASES)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arch"), COMPILED)
+def test_compiled_tf32(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    if not matrix_unit(torch.float32, arch):
+        assert arch == 100
+        return
+    check_compiled(name, arch, [(shape, torch.float32, "gelu") for shape in FFN_TF32_SHAPES])
 
 
 def check_compiled(name: str, arch: int, cases: list[tuple]) -> None:

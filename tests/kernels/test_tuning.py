@@ -160,7 +160,7 @@ def test_use_provider_nests_and_names_what_it_knows(write) -> None:
         assert dispatch.choose(SHAPE._replace(direction="backward"), 16, GPU).provider == "kernels"
     with use_provider("dense"):
         assert dispatch.choose(SHAPE, 16, GPU, inference=False).provider == "chain"
-    with pytest.raises(ValueError, match="name: expected None or one of one_kernel, two_kernels, chain, dense"):
+    with pytest.raises(ValueError, match="name: expected None or one of block, one_kernel, two_kernels, chain"):
         use_provider("cublas").__enter__()
 
 
@@ -311,5 +311,5 @@ def test_explain_says_what_runs() -> None:
         assert dispatch.explain(layer.bfloat16(), 512, gpu=GPU).plan.provider == "two_kernels"
         assert dispatch.explain(layer.float(), 512, gpu=GPU).plan.provider == "two_kernels"
         assert dispatch.explain(layer.double(), 512, gpu=GPU).plan.provider == "chain"
-    with pytest.raises(TypeError, match="layer: expected a LowRankSparseLinear, got Linear"):
+    with pytest.raises(TypeError, match="layer: expected a LowRankSparseLinear or a block of them, got Linear"):
         dispatch.explain(torch.nn.Linear(3, 3), 512, gpu=GPU)
