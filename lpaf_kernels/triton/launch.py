@@ -18,7 +18,7 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
-KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights")
+KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights", "attend", "close")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
@@ -30,9 +30,10 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_rows" or "ffn_weights".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_rows", "ffn_weights", "attend" or "close".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
-            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns.
+            a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns. "attend":
+            query rows, keys, the widest head. "close": rows, output columns, input columns.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
@@ -140,6 +141,11 @@ _SHIPPED = (
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=208, archs=(100,)),
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=160, archs=(80,)),
     Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
+    Launch("attend", 128, 64, 64, 8, 2, max_width=80),
+    Launch("attend", 64, 64, 64, 4, 2, max_width=80),
+    Launch("attend", 16, 32, 128, 4, 2, max_width=144),
+    Launch("close", 64, 64, 64, 4, 2, max_width=144),
+    Launch("close", 16, 64, 64, 4, 2, max_width=144),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
