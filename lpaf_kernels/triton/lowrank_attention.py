@@ -20,17 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.lowrank_ffn import Norm
-from .launch import GRANULE, Launch, start
+from .launch import Launch, start
 from .lowrank_ffn import Factors, _cut, _inner, _kept_from, _outer_tile, _result
 from .lowrank_sparse_linear import _block_k, _cast, _common, _mma
 
 HEAD_DIMS = (32, 64, 96, 128)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+# z is read from columns that are a multiple of this, in 16-byte pieces of 2-byte numbers.
+_ALIGNED = tl.constexpr(8)
 
 
 class Projection(NamedTuple):
-    """One of Q, K and V: its first column in z, up [rank, heads * head_dim], sorted kept positions, bias."""
+    """One of Q, K and V: its first column in z, up [rank, heads * head_dim], sorted kept positions, bias.
+
+    ``width`` counts the columns of z that a program holds: rank, kept and those before the first that are read with it.
+    """
 
     first: int
     up: Tensor
@@ -42,44 +47,54 @@ class Projection(NamedTuple):
         return self.up.shape[0]
 
     @property
+    def columns_kept(self) -> int:
+        return 0 if self.kept is None else self.kept.shape[0]
+
+    @property
+    def lead(self) -> int:
+        return self.first % _ALIGNED.value
+
+    @property
     def width(self) -> int:
-        return self.rank + (0 if self.kept is None else self.kept.shape[0])
+        return self.lead + self.rank + self.columns_kept
 
 
 @triton.jit
-def _columns(z_ptr, offsets, columns, FIRST: tl.constexpr, PART: tl.constexpr):
-    """Columns FIRST.. of the rows of z at ``offsets``, of which a row holds ``columns``.
+def _columns(z_ptr, first, offsets, columns, FIRST: tl.constexpr, PART: tl.constexpr):
+    """Columns first + FIRST.. of the rows of z at ``offsets``; a row holds ``columns``.
 
-    Loaded in whole 16-byte pieces to the end of the row: the weights have 0 where other columns follow.
+    Loaded in whole 16-byte pieces to the end of the row: the weights have 0 where there are other columns.
     """
-    n = FIRST + tl.arange(0, PART)
+    n = first + FIRST + tl.arange(0, PART)
     return tl.load(z_ptr + (offsets[:, None] + n[None, :]), mask=(n < columns)[None, :], other=0.0)
 
 
 @triton.jit
 def _head(
-    z_ptr, offsets, columns, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols,
-    HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    BLOCK: tl.constexpr, SECOND: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr,
+    z_ptr, first, offsets, columns, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols,
+    LEAD: tl.constexpr, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    BLOCK: tl.constexpr, HALF: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """D0 columns from n0 and D1 (none if 0) from n0 + SECOND of Q, K or V in float32, for the rows at ``offsets``."""
-    z0 = _columns(z_ptr, offsets, columns, 0, P0)
+    """D0 columns from n0 and D1 (none if 0) from n0 + HALF of Q, K or V, in float32, for the rows at ``offsets``."""
+    first = tl.multiple_of(first, _ALIGNED)
+    z0 = _columns(z_ptr, first, offsets, columns, 0, P0)
     z1 = z0
     z2 = z0
     if P1 > 0:
-        z1 = _columns(z_ptr, offsets, columns, P0, P1)
+        z1 = _columns(z_ptr, first, offsets, columns, P0, P1)
     if P2 > 0:
-        z2 = _columns(z_ptr, offsets, columns, P0 + P1, P2)
+        z2 = _columns(z_ptr, first, offsets, columns, P0 + P1, P2)
     tile0 = _outer_tile(
         z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols, HAS_BIAS, KEPT_FROM,
-        P0, P1, P2, BLOCK, D0, EVEN, PRECISION, UPCAST,
+        P0, P1, P2, BLOCK, D0, EVEN, PRECISION, UPCAST, LEAD,
     )  # fmt: skip
     tile1 = tile0
     if D1 > 0:
         tile1 = _outer_tile(
-            z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0 + SECOND, rank, kept, cols, HAS_BIAS, KEPT_FROM,
-            P0, P1, P2, BLOCK, D1, EVEN, PRECISION, UPCAST,
+            z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0 + HALF, rank, kept, cols, HAS_BIAS, KEPT_FROM,
+            P0, P1, P2, BLOCK, D1, EVEN, PRECISION, UPCAST, LEAD,
         )  # fmt: skip
     return tile0, tile1
 
@@ -119,18 +134,6 @@ def _masked(scores, mask_ptr, m0, n, row_stride, key_stride, length, MASK: tl.co
 
 
 @triton.jit
-def _store_head(
-    y_ptr, offsets, inside, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
-):  # fmt: skip
-    n = tl.arange(0, BLOCK)
-    tl.store(
-        y_ptr + (offsets[:, None] + (FIRST + n)[None, :]),
-        _cast(tile, y_ptr.dtype.element_ty, UPCAST),
-        mask=inside[:, None] & (n < COUNT)[None, :],
-    )
-
-
-@triton.jit
 def _attend(
     z_ptr, up_q_ptr, kept_q_ptr, bias_q_ptr, up_k_ptr, kept_k_ptr, bias_k_ptr, up_v_ptr, kept_v_ptr, bias_v_ptr,
     mask_ptr, cos_ptr, sin_ptr, bounds_ptr, y_ptr,
@@ -139,21 +142,22 @@ def _attend(
     cos_stride, sin_stride, rotary_step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SCALE: tl.constexpr,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr, VARIABLE: tl.constexpr, ROTARY: tl.constexpr,
-    HAS_BIAS_Q: tl.constexpr, KEPT_Q_FROM: tl.constexpr, HAS_BIAS_K: tl.constexpr, KEPT_K_FROM: tl.constexpr,
-    HAS_BIAS_V: tl.constexpr, KEPT_V_FROM: tl.constexpr,
+    LEAD_Q: tl.constexpr, HAS_BIAS_Q: tl.constexpr, KEPT_Q_FROM: tl.constexpr,
+    LEAD_K: tl.constexpr, HAS_BIAS_K: tl.constexpr, KEPT_K_FROM: tl.constexpr,
+    LEAD_V: tl.constexpr, HAS_BIAS_V: tl.constexpr, KEPT_V_FROM: tl.constexpr,
     Q0: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    SECOND: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, EVEN_HEAD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The context of BLOCK_M query rows and one head.
 
-    Q and K are made in tiles of D0 and D1 columns, the second from column SECOND of the head on: its halves if ROTARY.
-    V is made in tiles of E0 and E1 columns. Program axis 0: sequences times heads times query tiles, the latter
-    fastest, so that neighbours share z.
+    Q and K are made in D0 columns, or if ROTARY in halves of D0 and D1, V in D: HEAD and HEAD / 2 padded to powers of
+    two. Program axis 0: sequences times heads times query tiles, the latter fastest, so that neighbours share z.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
+    half: tl.constexpr = HEAD // 2
+    # Padded tiles reach beyond the last head's columns.
+    even_qk: tl.constexpr = (half == D0) if ROTARY else (HEAD == D0)
     m0 = (tl.program_id(0) % tiles) * BLOCK_M
     head = tl.program_id(0) // tiles % HEADS
     sequence = tl.program_id(0) // tiles // HEADS
@@ -172,34 +176,35 @@ def _attend(
     m = m0 + tl.arange(0, BLOCK_M)
     m_in = tl.minimum(m, length - 1)
     q0, q1 = _head(
-        z_ptr + first_q, m_in * z_stride, columns - first_q, up_q_ptr, kept_q_ptr, bias_q_ptr, head * HEAD,
-        rank_q, kept_q, HEADS * HEAD, HAS_BIAS_Q, KEPT_Q_FROM,
-        Q0, Q1, Q2, BLOCK_M, SECOND, D0, D1, EVEN_HEAD, PRECISION, UPCAST,
+        z_ptr, first_q, m_in * z_stride, columns, up_q_ptr, kept_q_ptr, bias_q_ptr, head * HEAD,
+        rank_q, kept_q, HEADS * HEAD, LEAD_Q, HAS_BIAS_Q, KEPT_Q_FROM,
+        Q0, Q1, Q2, BLOCK_M, half, D0, D1, even_qk, PRECISION, UPCAST,
     )  # fmt: skip
     if ROTARY:
-        q0, q1 = _rotate(q0, q1, cos_ptr, sin_ptr, m_in * cos_stride, m_in * sin_stride, SECOND, D0)
+        q0, q1 = _rotate(q0, q1, cos_ptr, sin_ptr, m_in * cos_stride, m_in * sin_stride, half, D0)
+    elif HEAD < D0:
+        q0 = tl.where((tl.arange(0, D0) < HEAD)[None, :], q0, 0.0)
     q0 = _cast(q0 * (SCALE * _LOG2_E), dtype, UPCAST)
     q1 = _cast(q1 * (SCALE * _LOG2_E), dtype, UPCAST)
     kv0 = head // GROUP * HEAD
     kv_cols: tl.constexpr = HEADS // GROUP * HEAD
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc0 = tl.zeros((BLOCK_M, E0), tl.float32)
-    acc1 = tl.zeros((BLOCK_M, E1 if E1 > 0 else 16), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
     stop = tl.minimum(m0 + BLOCK_M, length) if CAUSAL else length
     for n0 in range(0, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         n_in = n if EVEN else tl.minimum(n, length - 1)
         k0, k1 = _head(
-            z_ptr + first_k, n_in * z_stride, columns - first_k, up_k_ptr, kept_k_ptr, bias_k_ptr, kv0,
-            rank_k, kept_k, kv_cols, HAS_BIAS_K, KEPT_K_FROM,
-            K0, K1, K2, BLOCK_N, SECOND, D0, D1, EVEN_HEAD, PRECISION, UPCAST,
+            z_ptr, first_k, n_in * z_stride, columns, up_k_ptr, kept_k_ptr, bias_k_ptr, kv0,
+            rank_k, kept_k, kv_cols, LEAD_K, HAS_BIAS_K, KEPT_K_FROM,
+            K0, K1, K2, BLOCK_N, half, D0, D1, even_qk, PRECISION, UPCAST,
         )  # fmt: skip
         if ROTARY:
-            k0, k1 = _rotate(k0, k1, cos_ptr, sin_ptr, n_in * cos_stride, n_in * sin_stride, SECOND, D0)
+            k0, k1 = _rotate(k0, k1, cos_ptr, sin_ptr, n_in * cos_stride, n_in * sin_stride, half, D0)
         scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scores = _mma(q0, tl.trans(_cast(k0, dtype, UPCAST)), scores, PRECISION, UPCAST)
-        if D1 > 0:
+        if ROTARY:
             scores = _mma(q1, tl.trans(_cast(k1, dtype, UPCAST)), scores, PRECISION, UPCAST)
         if MASK != "none":
             scores = _masked(scores, mask_ptr, m0, n, mask_row_stride, mask_key_stride, length, MASK, MASK_ROWS)
@@ -207,29 +212,28 @@ def _attend(
             scores = tl.where(m[:, None] >= n[None, :], scores, float("-inf"))
         if not EVEN:
             scores = tl.where((n < length)[None, :], scores, float("-inf"))
-        before_tile = most
+        most_before = most
         most = tl.maximum(most, tl.max(scores, 1))
         # While a row has met no key its maximum is -inf, and -inf - -inf is not a number.
         shift = tl.where(most == float("-inf"), 0.0, most)
         p = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(before_tile - shift)
+        shrink = tl.exp2(most_before - shift)
         total = total * shrink + tl.sum(p, 1)
-        p = _cast(p, dtype, UPCAST)
-        v0, v1 = _head(
-            z_ptr + first_v, n_in * z_stride, columns - first_v, up_v_ptr, kept_v_ptr, bias_v_ptr, kv0,
-            rank_v, kept_v, kv_cols, HAS_BIAS_V, KEPT_V_FROM,
-            V0, V1, V2, BLOCK_N, E0, E0, E1, True, PRECISION, UPCAST,
+        v, _ = _head(
+            z_ptr, first_v, n_in * z_stride, columns, up_v_ptr, kept_v_ptr, bias_v_ptr, kv0,
+            rank_v, kept_v, kv_cols, LEAD_V, HAS_BIAS_V, KEPT_V_FROM,
+            V0, V1, V2, BLOCK_N, 0, D, 0, HEAD == D, PRECISION, UPCAST,
         )  # fmt: skip
-        acc0 = _mma(p, _cast(v0, dtype, UPCAST), acc0 * shrink[:, None], PRECISION, UPCAST)
-        if E1 > 0:
-            acc1 = _mma(p, _cast(v1, dtype, UPCAST), acc1 * shrink[:, None], PRECISION, UPCAST)
+        acc = acc * shrink[:, None]
+        acc = _mma(_cast(p, dtype, UPCAST), _cast(v, dtype, UPCAST), acc, PRECISION, UPCAST)
     # A row without keys gives 0.
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
-    y_ptr += head * HEAD
-    offsets = m * (HEADS * HEAD)
-    _store_head(y_ptr, offsets, m < length, acc0 / total, 0, E0, E0, UPCAST)
-    if E1 > 0:
-        _store_head(y_ptr, offsets, m < length, acc1 / total, E0, E1, E1, UPCAST)
+    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+    d = tl.arange(0, D)
+    tl.store(
+        y_ptr + head * HEAD + (m[:, None] * (HEADS * HEAD) + d[None, :]),
+        _cast(acc, dtype, UPCAST),
+        mask=(m < length)[:, None] & (d < HEAD)[None, :],
+    )
 
 
 @triton.jit
@@ -260,19 +264,6 @@ def _close(
         HAS_BIAS, KEPT_FROM, HAS_RESIDUAL, NORM, NORM_WEIGHT, NORM_BIAS, EPS,
         P0, P1, P2, BLOCK_M, BLOCK_N, EVEN_N, PRECISION, UPCAST,
     )  # fmt: skip
-
-
-def _halves(head_dim: int, rotary: bool) -> tuple[int, int, int]:
-    """(first tile, second tile or 0, the second's first column) of a head's columns.
-
-    Example:
-        >>> _halves(64, False), _halves(64, True), _halves(96, False), _halves(96, True)
-        ((64, 0, 64), (32, 32, 32), (64, 32, 64), (64, 64, 48))
-    """
-    if rotary:
-        side = triton.next_power_of_2(head_dim // 2)
-        return side, side, head_dim // 2
-    return (64, 32, 64) if head_dim == 96 else (head_dim, 0, head_dim)
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -328,8 +319,7 @@ def attend(
     context = q.up.new_empty((rows, num_heads * head_dim))
     sequences = rows // max(length, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = -(-length // launch.block_m)
-    d0, d1, second = _halves(head_dim, rotary is not None)
-    e0, e1, _ = _halves(head_dim, False)
+    side, half = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim // 2)
     cos, sin = (z, z) if rotary is None else rotary
     shared = rotary is not None and cu_seqlens is None and cos.shape[0] == length
 
@@ -343,21 +333,20 @@ def attend(
             z if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask, cos, sin,
             z if cu_seqlens is None else cu_seqlens, context,
             length, tiles, z.shape[1],
-            *(size for one in (q, k, v) for size in (one.first, one.rank, one.width - one.rank)),
+            *(size for one in (q, k, v) for size in (one.first - one.lead, one.lead + one.rank, one.columns_kept)),
             z.stride(0), *_mask_strides(mask), cos.stride(0), sin.stride(0), 0 if shared else 1,
             HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD=head_dim, SCALE=scale,
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
             MASK_ROWS=mask is not None and mask.shape[2] > 1,
             CAUSAL=is_causal, VARIABLE=cu_seqlens is not None, ROTARY=rotary is not None,
-            HAS_BIAS_Q=q.bias is not None, KEPT_Q_FROM=_kept_from(q, parts[0]),
-            HAS_BIAS_K=k.bias is not None, KEPT_K_FROM=_kept_from(k, parts[1]),
-            HAS_BIAS_V=v.bias is not None, KEPT_V_FROM=_kept_from(v, parts[2]),
+            LEAD_Q=q.lead, HAS_BIAS_Q=q.bias is not None, KEPT_Q_FROM=_kept_from(q, parts[0]),
+            LEAD_K=k.lead, HAS_BIAS_K=k.bias is not None, KEPT_K_FROM=_kept_from(k, parts[1]),
+            LEAD_V=v.lead, HAS_BIAS_V=v.bias is not None, KEPT_V_FROM=_kept_from(v, parts[2]),
             Q0=parts[0][0], Q1=parts[0][1], Q2=parts[0][2], K0=parts[1][0], K1=parts[1][1], K2=parts[1][2],
-            V0=parts[2][0], V1=parts[2][1], V2=parts[2][2], SECOND=second, D0=d0, D1=d1, E0=e0, E1=e1,
+            V0=parts[2][0], V1=parts[2][1], V2=parts[2][2],
+            D0=side if rotary is None else half, D1=0 if rotary is None else half, D=side,
             BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
             EVEN=cu_seqlens is None and length % launch.block_n == 0,
-            # Tiles of padded halves reach beyond the last head's columns.
-            EVEN_HEAD=d1 == 0 or second + d1 == head_dim,
             **_common(z.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return context
@@ -370,7 +359,9 @@ def _check_head(head_dim: int, launch: Launch) -> None:
         raise ValueError(f"head_dim: expected at most {launch.block_k} for {launch.name}, got {head_dim}")
 
 
-def close(context: Tensor, out: Factors, launch: Launch, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+def close(
+    context: Tensor, out: Factors, launch: Launch, residual: Tensor | None = None, norm: Norm | None = None
+) -> Tensor:
     """y [rows, out] = norm(context [rows, in] through ``out`` + residual), z kept on chip.
 
     Raises:

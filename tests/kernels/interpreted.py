@@ -373,8 +373,10 @@ def draw_attention(seed: int, launch: Launch) -> Attention:
     if draw.random() < 0.3:
         angles = 10 * torch.rand(rows, head_dim)
         rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    # Up to 7 columns before the first are read with the others.
+    factors = tuple(_factors(draw, d_in, size, launch.max_width - 7, dtype) for size in sizes)
     return Attention(
-        _apart(rows, d_in, draw, dtype), tuple(_factors(draw, d_in, size, launch.max_width, dtype) for size in sizes),
+        _apart(rows, d_in, draw, dtype), factors,
         group * kv_heads, kv_heads, head_dim, bounds, mask, draw.random() < 0.3, rotary,
         draw.choice([head_dim**-0.5, 1.0 / head_dim]),
     )  # fmt: skip
