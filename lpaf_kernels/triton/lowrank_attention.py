@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.lowrank_ffn import Norm
-from .launch import Launch, start
+from .launch import Launch, head_columns, start
 from .lowrank_ffn import Factors, _cut, _inner, _kept_from, _outer_tile, _result
 from .lowrank_sparse_linear import _block_k, _cast, _common, _mma
 
@@ -312,7 +312,7 @@ def attend(
     """
     rows = z.shape[0]
     head_dim = q.up.shape[1] // num_heads
-    _check_head(head_dim, launch)
+    _check_head(head_dim, rotary is not None, launch)
     if mask is not None and cu_seqlens is not None:
         raise ValueError(f"mask: expected None with cu_seqlens, got {list(mask.shape)}")
     parts = [_cut(name, projection, launch) for name, projection in (("q", q), ("k", k), ("v", v))]
@@ -352,11 +352,12 @@ def attend(
     return context
 
 
-def _check_head(head_dim: int, launch: Launch) -> None:
+def _check_head(head_dim: int, rotary: bool, launch: Launch) -> None:
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected 32, 64, 96 or 128, got {head_dim}")
-    if head_dim > launch.block_k:
-        raise ValueError(f"head_dim: expected at most {launch.block_k} for {launch.name}, got {head_dim}")
+    if head_columns(head_dim, rotary) > launch.block_k:
+        most = launch.block_k // head_columns(1, rotary)
+        raise ValueError(f"head_dim: expected at most {most} for {launch.name}, got {head_dim}")
 
 
 def close(

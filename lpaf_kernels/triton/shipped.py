@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, candidates, pitch, recording
+from .launch import LAUNCHES, MAX_SPLIT_ROWS, Call, Launch, candidates, head_columns, pitch, recording
 
 SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
     (4096, 768, 3072, 80, 154),
@@ -61,7 +61,7 @@ ATTENTION_ALL_CASES = [
     *((shape, torch.bfloat16, "padding") for shape in ATTENTION_SHAPES),
     *((ATTENTION_SHAPES[4], torch.bfloat16, variant) for variant in ("pairs", "causal", "rotary", "variable")),
     *((shape, torch.bfloat16, "rotary") for shape in ATTENTION_SHAPES[-4:]),
-    ((8, 1024, 32, 8, 128, 130, 0), torch.bfloat16, "causal"),
+    *(((8, 1024, 32, 8, 128, rank, 0), torch.bfloat16, "causal") for rank in (130, 260)),
     ((8, 1024, 32, 8, 128, 260, 0), torch.bfloat16, "rotary"),
     (ATTENTION_SHAPES[6], torch.bfloat16, "rotary"),
     (ATTENTION_SHAPES[4], torch.float16, "padding"),
@@ -160,13 +160,13 @@ def _attention_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype,
     )
     masks = {"padding": (batch, 1, 1, length), "pairs": (batch, 1, length, length)}
     with recording() as recorded:
-        if not launch.holds(width, dtype):
+        if not launch.holds(max(width, q.width, k.width, v.width), dtype):
             pass
         elif launch.kernel == "close":
             out = kernels.Factors(empty(width, d), empty(rank, d), positions, empty(d))
             norm = kernels.Norm("layer", empty(d), empty(d))
             kernels.close(empty(rows, d), out, launch, empty(rows, d), norm)
-        elif head_dim <= launch.block_k:
+        elif head_columns(head_dim, variant == "rotary") <= launch.block_k:
             kernels.attend(
                 empty(rows, pitch(3 * width)), q, k, v, launch,
                 num_heads=heads, num_kv_heads=kv_heads, length=length, scale=head_dim**-0.5,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accuracy import check_accurate
-from lpaf_kernels.triton.launch import LAUNCHES, Launch
+from lpaf_kernels.triton.launch import LAUNCHES, Launch, head_columns
 
 if TYPE_CHECKING:
     from lpaf_kernels.triton.lowrank_ffn import Factors, Norm
@@ -36,8 +36,8 @@ TINY = {
         Launch("ffn_weights", 0, 32, 16, 4, 1, max_width=176),
     ],
     "attend": [
-        Launch("attend", 32, 16, 128, 4, 1),
-        Launch("attend", 16, 32, 128, 4, 1, max_width=144),
+        Launch("attend", 32, 16, 256, 4, 1),
+        Launch("attend", 16, 32, 256, 4, 1, max_width=144),
         Launch("attend", 32, 32, 64, 4, 1, max_width=48),
     ],
     "close": [Launch("close", 16, 16, 16, 4, 1), Launch("close", 32, 32, 16, 4, 1, max_width=80)],
@@ -357,7 +357,8 @@ def _mask(draw: random.Random, batch: int, heads: int, length: int, dtype: torch
 def draw_attention(seed: int, launch: Launch) -> Attention:
     draw = random.Random(seed)
     dtype = DTYPES[seed % 3]
-    head_dim = draw.choice([size for size in (32, 64, 96, 128) if size <= launch.block_k])
+    turned = draw.random() < 0.3
+    head_dim = draw.choice([size for size in (32, 64, 96, 128) if head_columns(size, turned) <= launch.block_k])
     length = draw.choice([1, 15, 33, 70])
     # The interpreter is slow: few heads of long sequences.
     group, kv_heads = draw.choice([(1, 1), (1, 2), (2, 1)] if length > 33 else [(1, 3), (2, 1), (2, 2)])
@@ -371,7 +372,7 @@ def draw_attention(seed: int, launch: Launch) -> Attention:
     sizes = (group * kv_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     mask = None if variable else _mask(draw, len(lengths), group * kv_heads, length, dtype)
     rotary = None
-    if draw.random() < 0.3:
+    if turned:
         angles = 10 * torch.rand(rows, head_dim)
         rotary = angles.cos().to(dtype), angles.sin().to(dtype)
     # Up to 7 columns before the first are read with the others.
