@@ -143,7 +143,7 @@ _SHIPPED = (
     Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, max_width=208, archs=(80,)),
     # Tall tiles make K and V of a sequence less often.
     Launch("attend", 128, 64, 64, 8, 3, max_width=80, archs=(90,)),
-    Launch("attend", 128, 64, 64, 8, 1, max_width=144, archs=(100,)),
+    Launch("attend", 128, 64, 64, 8, 1, max_width=128, archs=(100,)),
     Launch("attend", 128, 32, 64, 8, 1, max_width=80, archs=(80,)),
     Launch("attend", 64, 64, 64, 4, 2, max_width=144, archs=_NEW),
     Launch("attend", 128, 32, 256, 8, 2, archs=_NEW),
