@@ -148,7 +148,7 @@ _SHIPPED = (
     Launch("attend", 64, 64, 64, 4, 2, max_width=144, archs=(90,)),
     Launch("attend", 128, 32, 256, 8, 2, archs=_NEW),
     Launch("attend", 64, 32, 128, 8, 2, archs=(90,)),
-    Launch("attend", 64, 32, 256, 8, 2, archs=(100,)),
+    Launch("attend", 64, 32, 256, 8, 1, max_width=144, archs=(100,)),
     Launch("attend", 32, 32, 64, 4, 2, archs=(80,)),
     Launch("attend", 32, 32, 256, 4, 2, max_width=144, archs=(80,)),
     Launch("attend", 16, 32, 256, 4, 2, max_width=144, archs=(80, 90)),
