@@ -18,7 +18,7 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
-KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights")
+KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend", "close")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
@@ -30,10 +30,12 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows" or "ffn_weights".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend" or
+            "close".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
             a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns ("ffn_wide":
-            rank columns).
+            rank columns). "attend": query rows, keys, the widest head (see ``head``). "close": rows, output columns,
+            input columns.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
@@ -147,29 +149,61 @@ _SHIPPED = (
     Launch("ffn_weights", 0, 64, 32, 4, 2, splits=0, max_width=208, archs=(100,)),
     Launch("ffn_weights", 0, 64, 16, 4, 2, splits=0, archs=(100,)),
     Launch("ffn_weights", 0, 64, 16, 8, 2, splits=0, max_width=208, archs=(80,)),
+    # Tall tiles make K and V of a sequence less often.
+    Launch("attend", 128, 64, 64, 8, 3, max_width=80, archs=(90,)),
+    Launch("attend", 128, 64, 64, 8, 1, max_width=128, archs=(100,)),
+    Launch("attend", 128, 32, 64, 8, 1, max_width=80, archs=(80,)),
+    Launch("attend", 64, 64, 64, 4, 2, max_width=144, archs=(90,)),
+    Launch("attend", 128, 32, 256, 8, 2, archs=_NEW),
+    Launch("attend", 64, 32, 128, 8, 2, archs=(90,)),
+    Launch("attend", 64, 32, 256, 8, 1, max_width=144, archs=(100,)),
+    Launch("attend", 32, 32, 64, 4, 2, archs=(80,)),
+    Launch("attend", 32, 32, 256, 4, 2, max_width=144, archs=(80,)),
+    Launch("attend", 16, 32, 256, 4, 2, max_width=144, archs=(80, 90)),
+    Launch("attend", 16, 32, 64, 4, 2, max_width=144, archs=(100,)),
+    Launch("close", 128, 64, 64, 8, 2, archs=_NEW),
+    Launch("close", 128, 64, 64, 8, 2, max_width=144, archs=(80,)),
+    Launch("close", 64, 64, 64, 4, 2, archs=(90,)),
+    Launch("close", 64, 64, 64, 4, 2, max_width=208, archs=(100,)),
+    Launch("close", 64, 64, 64, 4, 2, max_width=144, archs=(80,)),
+    Launch("close", 128, 16, 16, 8, 3, archs=(80,)),
+    Launch("close", 16, 64, 64, 4, 2, max_width=144),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
 
-def candidates(kernel: str, width: int, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The shipped launches of ``kernel`` for a capability that hold ``width`` rank columns of ``dtype``."""
+def head_columns(head_dim: int, rotary: bool) -> int:
+    """What "attend" holds of a head: turned by an angle, its halves with their cosines and sines count twice."""
+    return 2 * head_dim if rotary else head_dim
+
+
+def candidates(kernel: str, width: int, arch: int, dtype: torch.dtype = torch.bfloat16, head: int = 0) -> list[Launch]:
+    """The shipped launches of ``kernel`` for a capability that hold ``width`` rank columns of ``dtype``.
+
+    "attend" must hold ``head`` columns (:func:`head_columns`) of Q, K and V as well.
+    """
     arch = max((known for known in (80, 90, 100) if known <= arch), default=80)
     return [
         launch
         for launch in LAUNCHES.values()
         if launch.kernel == kernel and arch in launch.archs and launch.holds(width, dtype)
+        if kernel != "attend" or head <= launch.block_k
     ]
 
 
-def default_launch(kernel: str, rows: int, width: int, arch: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
+def default_launch(
+    kernel: str, rows: int, width: int, arch: int, dtype: torch.dtype = torch.bfloat16, head: int = 0
+) -> Launch:
     """What is used where nothing was measured: the tallest tile that still makes about one program per multiprocessor.
+
+    "attend" counts the rows of every head, and ``head`` as :func:`candidates` does.
 
     Raises:
         ValueError: more rank columns than one_kernel or a kernel of a block holds.
     """
-    found = candidates(kernel, width, arch, dtype)
+    found = candidates(kernel, width, arch, dtype, head)
     if not found:
-        most = max(held for held in range(MAX_WIDTH + 1) if candidates(kernel, held, arch, dtype))
+        most = max((held for held in range(MAX_WIDTH + 1) if candidates(kernel, held, arch, dtype, head)), default=0)
         raise ValueError(f"rank + kept: expected at most {most} for {kernel} in {dtype}, got {width}")
     if kernel in ("outer", "ffn_weights"):
         return found[0]

@@ -132,14 +132,20 @@ def _down_tile(
 def _up_tile(
     up_ptr, kept_ptr, rank, kept, cols, n0,
     FIRST: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_KEPT: tl.constexpr,
+    LEAD: tl.constexpr = 0,
 ):  # fmt: skip
-    """Rows FIRST.. of up [rank, cols], continued by one 0/1 row per kept column, at n0.. as a [PART, BLOCK] tile."""
+    """Rows FIRST.. of up [rank, cols], continued by one 0/1 row per kept column, at n0.. as a [PART, BLOCK] tile.
+
+    With a LEAD that many rows of 0 come first, and ``rank`` counts them.
+    """
     k = FIRST + tl.arange(0, PART)
     n = tl.arange(0, BLOCK)
     inside = (k < rank)[:, None]
+    if LEAD > 0:
+        inside = inside & (k >= LEAD)[:, None]
     if not EVEN:
         inside = inside & (n < cols - n0)[None, :]
-    tile = tl.load(up_ptr + n0 + (k[:, None] * cols + n[None, :]), mask=inside, other=0.0)
+    tile = tl.load(up_ptr + n0 + ((k - LEAD)[:, None] * cols + n[None, :]), mask=inside, other=0.0)
     if HAS_KEPT:
         position = tl.load(kept_ptr + (k - rank), mask=(k >= rank) & (k < rank + kept), other=-1).to(tl.int32) - n0
         tile = tl.where(position[:, None] == n[None, :], 1.0, tile.to(tl.float32)).to(up_ptr.dtype.element_ty)
@@ -173,20 +179,20 @@ def _outer_tile(
     z0, z1, z2, up_ptr, kept_ptr, bias_ptr, n0, rank, kept, cols, HAS_BIAS: tl.constexpr, KEPT_FROM: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, LEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """z up + scatter(z, kept) + bias in float32 for the columns n0..; parts before KEPT_FROM hold no kept columns.
 
     Columns beyond the last are 0.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    w0 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, 0, P0, BLOCK_N, EVEN, KEPT_FROM <= 0)
+    w0 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, 0, P0, BLOCK_N, EVEN, KEPT_FROM <= 0, LEAD)
     acc = _mma(z0, w0, acc, PRECISION, UPCAST)
     if P1 > 0:
-        w1 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0, P1, BLOCK_N, EVEN, KEPT_FROM <= 1)
+        w1 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0, P1, BLOCK_N, EVEN, KEPT_FROM <= 1, LEAD)
         acc = _mma(z1, w1, acc, PRECISION, UPCAST)
     if P2 > 0:
-        w2 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0 + P1, P2, BLOCK_N, EVEN, KEPT_FROM <= 2)
+        w2 = _up_tile(up_ptr, kept_ptr, rank, kept, cols, n0, P0 + P1, P2, BLOCK_N, EVEN, KEPT_FROM <= 2, LEAD)
         acc = _mma(z2, w2, acc, PRECISION, UPCAST)
     if HAS_BIAS:
         n = n0 + tl.arange(0, BLOCK_N)

@@ -6,7 +6,18 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .launch import LAUNCHES, MAX_SPLIT_ROWS, MAX_WIDTH, Call, Launch, candidates, default_launch, pitch, recording
+from .launch import (
+    LAUNCHES,
+    MAX_SPLIT_ROWS,
+    MAX_WIDTH,
+    Call,
+    Launch,
+    candidates,
+    default_launch,
+    head_columns,
+    pitch,
+    recording,
+)
 
 SHAPES = [  # rows, in, out, rank, kept: divisible by 16 or not, parts of 64 + 16, 128 + 16, 256 + 16, several programs
     (4096, 768, 3072, 80, 154),
@@ -47,10 +58,40 @@ FFN_ALL_CASES = [
 ]
 FFN_KERNELS = ("ffn", "ffn_wide", "ffn_rows", "ffn_weights")
 FFN_TF32_SHAPES = [(4096, 768, 3072, 41, 8), (65536, 768, 3072, 68, 0), (1, 384, 1536, 16, 4), WIDE_SHAPES[0]]
+# The same for lowrank_attention, as (sequences, length, heads, heads of K and V, head, rank, kept) and what is masked:
+# "padding" [B, 1, 1, L], "pairs" [B, 1, L, L], "causal", "rotary" (and causal), "variable" lengths.
+ATTENTION_SHAPES = [
+    *((32, 128, 12, 12, 64, rank, 0) for rank in (16, 32, 48, 64, 80, 130, 260)),
+    (32, 128, 12, 12, 64, 80, 38),
+    (32, 100, 12, 12, 64, 130, 77),
+    (16, 1024, 12, 12, 64, 80, 0),
+    (32, 384, 12, 12, 32, 41, 19),
+    (32, 384, 8, 8, 96, 80, 0),
+    (8, 1024, 32, 8, 128, 80, 0),
+]
+ATTENTION_CORE_CASES = [
+    (ATTENTION_SHAPES[4], torch.bfloat16, "padding"),
+    (ATTENTION_SHAPES[6], torch.bfloat16, "padding"),
+]
+ATTENTION_ALL_CASES = [
+    *((shape, torch.bfloat16, "padding") for shape in ATTENTION_SHAPES),
+    *((ATTENTION_SHAPES[4], torch.bfloat16, variant) for variant in ("pairs", "causal", "rotary", "variable")),
+    *((shape, torch.bfloat16, "rotary") for shape in ATTENTION_SHAPES[-4:]),
+    *(((8, 1024, 32, 8, 128, rank, 0), torch.bfloat16, "causal") for rank in (130, 260)),
+    ((8, 1024, 32, 8, 128, 260, 0), torch.bfloat16, "rotary"),
+    (ATTENTION_SHAPES[6], torch.bfloat16, "rotary"),
+    (ATTENTION_SHAPES[4], torch.float16, "padding"),
+]
+ATTENTION_KERNELS = ("attend", "close")
 
 
 def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
-    """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank."""
+    """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank.
+
+    ``activation`` of an attention block: what is masked.
+    """
+    if launch.kernel in ATTENTION_KERNELS:
+        return _attention_calls(launch, shape, dtype, activation)
     if launch.kernel in FFN_KERNELS:
         return _ffn_calls(launch, shape, dtype, activation)
     from . import lowrank_sparse_linear as kernels
@@ -123,13 +164,53 @@ def _ffn_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activ
     return recorded
 
 
+def _attention_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> list[Call]:
+    from . import lowrank_attention as kernels
+
+    batch, length, heads, kv_heads, head_dim, rank, kept = shape
+    rows, width, d = batch * length, rank + kept, heads * head_dim
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(*size, device="meta", dtype=dtype)
+
+    def integers(size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=torch.int32)
+
+    positions = integers(kept) if kept else None
+    q, k, v = (
+        kernels.Projection(index * width, empty(rank, count * head_dim), positions, empty(count * head_dim))
+        for index, count in enumerate((heads, kv_heads, kv_heads))
+    )
+    masks = {"padding": (batch, 1, 1, length), "pairs": (batch, 1, length, length)}
+    with recording() as recorded:
+        if not launch.holds(max(width, q.width, k.width, v.width), dtype):
+            pass
+        elif launch.kernel == "close":
+            out = kernels.Factors(empty(width, d), empty(rank, d), positions, empty(d))
+            norm = kernels.Norm("layer", empty(d), empty(d))
+            kernels.close(empty(rows, d), out, launch, empty(rows, d), norm)
+        elif head_columns(head_dim, variant == "rotary") <= launch.block_k:
+            kernels.attend(
+                empty(rows, pitch(3 * width)), q, k, v, launch,
+                num_heads=heads, num_kv_heads=kv_heads, length=length, scale=head_dim**-0.5,
+                cu_seqlens=integers(batch + 1) if variant == "variable" else None,
+                mask=torch.empty(masks[variant], device="meta", dtype=torch.bool) if variant in masks else None,
+                is_causal=variant in ("causal", "rotary"),
+                rotary=(empty(length, head_dim), empty(length, head_dim)) if variant == "rotary" else None,
+            )  # fmt: skip
+    return recorded
+
+
 def faults(name: str, arch: int, cases: Iterable[tuple] | None = None) -> Iterator[tuple[Call, list[str]]]:
     """Each kernel that launch ``name`` needs for ``cases``, compiled for ``arch``, and why it must not ship."""
     from .resources import compile_calls
 
     launch = LAUNCHES[name]
     if cases is None:
-        cases = FFN_CORE_CASES if launch.kernel in FFN_KERNELS else CORE_CASES
+        if launch.kernel in ATTENTION_KERNELS:
+            cases = ATTENTION_CORE_CASES
+        else:
+            cases = FFN_CORE_CASES if launch.kernel in FFN_KERNELS else CORE_CASES
     recorded = [call for case in cases for call in calls(launch, *case)]
     for call, used in compile_calls(recorded, (arch,)):
         # Products of 4-byte numbers may use another instruction than those of 2-byte ones.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accuracy import check_accurate
-from lpaf_kernels.triton.launch import LAUNCHES, Launch
+from lpaf_kernels.triton.launch import LAUNCHES, Launch, head_columns
 
 if TYPE_CHECKING:
     from lpaf_kernels.triton.lowrank_ffn import Factors, Norm
@@ -38,6 +40,12 @@ TINY = {
         Launch("ffn_weights", 0, 16, 16, 4, 1, splits=2),
         Launch("ffn_weights", 0, 32, 16, 4, 1, max_width=176),
     ],
+    "attend": [
+        Launch("attend", 32, 16, 256, 4, 1),
+        Launch("attend", 16, 32, 256, 4, 1, max_width=144),
+        Launch("attend", 32, 32, 64, 4, 1, max_width=48),
+    ],
+    "close": [Launch("close", 16, 16, 16, 4, 1), Launch("close", 32, 32, 16, 4, 1, max_width=80)],
 }
 
 
@@ -196,14 +204,19 @@ def ffn_chain(
 
     hidden = linear(x, first)
     hidden = act(hidden, activation) if gate is None else act(linear(x, gate), activation) * hidden
-    y = linear(hidden, second)
+    return ended(linear(hidden, second), residual, norm)
+
+
+def ended(y: Tensor, residual: Tensor | None, norm: Norm | None) -> Tensor:
+    """The end of a block, in the dtype of ``y``."""
     if residual is not None:
-        y = y + to(residual)
-    if norm is not None and norm.kind == "layer":
-        y = F.layer_norm(y, y.shape[1:], to(norm.weight), to(norm.bias), norm.eps)
-    elif norm is not None:
-        y = F.rms_norm(y, y.shape[1:], to(norm.weight), norm.eps)
-    return y
+        y = y + residual.to(y.dtype)
+    if norm is None:
+        return y
+    weight, bias = (None if tensor is None else tensor.to(y.dtype) for tensor in (norm.weight, norm.bias))
+    if norm.kind == "layer":
+        return F.layer_norm(y, y.shape[1:], weight, bias, norm.eps)
+    return F.rms_norm(y, y.shape[1:], weight, norm.eps)
 
 
 def check_lowrank_ffn(seed: int, device: str = "cpu") -> None:
@@ -216,6 +229,16 @@ def check_lowrank_ffn_wide(seed: int, device: str = "cpu") -> None:
     """The same in passes over many rank columns."""
     with torch.device(device):
         _check_ffn(seed, wide=True)
+
+
+def _norm(draw: random.Random, size: int, dtype: torch.dtype) -> Norm | None:
+    from lpaf_kernels.triton.lowrank_ffn import Norm
+
+    kind = draw.choice(["none", "layer", "rms"])
+    if kind == "none":
+        return None
+    bias = torch.randn(size).to(dtype) if kind == "layer" and draw.random() < 0.7 else None
+    return Norm(kind, torch.randn(size).to(dtype), bias, draw.choice([1e-5, 1e-12, 0.1]))
 
 
 def _check_ffn(seed: int, wide: bool) -> None:
@@ -239,11 +262,7 @@ def _check_ffn(seed: int, wide: bool) -> None:
     first, gate = _draw_factors(draw, hidden, inner, ranks), _draw_factors(draw, hidden, inner, ranks)
     second = _draw_factors(draw, d_out, most, ranks)
     residual = _apart(rows, d_out, draw, dtype) if draw.random() < 0.6 else None
-    kind = draw.choice(["none", "layer", "rms"])
-    norm = None
-    if kind != "none":
-        bias = torch.randn(d_out).to(dtype) if kind == "layer" and draw.random() < 0.7 else None
-        norm = kernels.Norm(kind, torch.randn(d_out).to(dtype), bias, draw.choice([1e-5, 1e-12, 0.1]))
+    norm = _norm(draw, d_out, dtype)
     x = _apart(rows, d_in, draw, dtype)
     first, second = first.factors(d_in, hidden, dtype), second.factors(hidden, d_out, dtype)
     gate = gate.factors(d_in, hidden, dtype) if gated else None
@@ -367,6 +386,163 @@ def check_lowrank_ffn_plan(seed: int) -> None:
         chained, wide = chain_backward(grad, *problem, needs), chain_backward(grad.double(), *exact, needs)
         for results in zip(found, chained, wide, strict=True):
             check_accurate(*results)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One drawn problem: Q, K and V of x by factors, and how rows attend."""
+
+    x: Tensor
+    factors: tuple[Factors, Factors, Factors]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bounds: list[int]
+    mask: Tensor | None
+    is_causal: bool
+    rotary: tuple[Tensor, Tensor] | None
+    scale: float
+
+    def context(self, dtype: torch.dtype) -> Tensor:
+        """As torch computes it in ``dtype``."""
+        heads = []
+        for factors, rotated in zip(self.factors, (True, True, False)):
+            down, up, bias = (None if t is None else t.to(dtype) for t in (factors.down, factors.up, factors.bias))
+            rows = chain(self.x.to(dtype), down, up, factors.kept, bias, "none")[1]
+            rows = rows.unflatten(1, (-1, self.head_dim))
+            if rotated and self.rotary is not None:
+                cos, sin = (t.to(dtype).unsqueeze(1) for t in self.rotary)
+                first, second = rows.chunk(2, -1)
+                rows = rows * cos + torch.cat([-second, first], -1) * sin
+            heads.append(rows.repeat_interleave(self.num_heads // rows.shape[1], 1).transpose(0, 1))
+        sequences = [self._sequence(index, *heads) for index in range(len(self.bounds) - 1)]
+        return torch.cat([torch.empty(0, self.num_heads * self.head_dim, dtype=dtype), *sequences])
+
+    def _sequence(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = slice(self.bounds[index], self.bounds[index + 1])
+        length = rows.stop - rows.start
+        mask = None
+        if self.mask is not None:
+            mask = self.mask[index if self.mask.shape[0] > 1 else 0]
+            mask = mask.to(q.dtype) if mask.is_floating_point() else mask
+        if self.is_causal:
+            past = torch.ones(length, length, dtype=torch.bool).tril()
+            if mask is None or mask.dtype == torch.bool:
+                mask = past if mask is None else mask & past
+            else:
+                mask = mask.masked_fill(~past, float("-inf"))
+        parts = (part[None, :, rows] for part in (q, k, v))
+        context = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=self.scale)
+        return context[0].transpose(0, 1).flatten(1)
+
+
+def _mask(draw: random.Random, batch: int, heads: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """Of every form, now and then with rows that attend to nothing."""
+    kind = draw.choice(["none", "bool", "float", "lowest"])
+    if kind == "none":
+        return None
+    sizes = [draw.choice([1, size]) for size in (batch, heads, length)]
+    attended = torch.rand(*sizes, length) < draw.choice([0.3, 0.7, 0.95])
+    if draw.random() < 0.5:
+        attended[..., 0] = True
+    if draw.random() < 0.3:  # keys apart in memory
+        attended = attended.repeat_interleave(2, -1)[..., ::2]
+    if kind == "bool":
+        return attended
+    least = float("-inf") if kind == "float" else torch.finfo(dtype).min
+    return torch.randn(attended.shape).to(dtype).masked_fill(~attended, least)
+
+
+def draw_attention(seed: int, launch: Launch) -> Attention:
+    draw = random.Random(seed)
+    dtype = DTYPES[seed % 3]
+    turned = draw.random() < 0.3
+    sizes = [size for size in (32, 64, 96, 128) if head_columns(size, turned) <= launch.block_k]
+    head_dim = sizes[seed // 3 % len(sizes)]
+    length = draw.choice([1, 15, 33, 70])
+    # The interpreter is slow: few heads of long sequences.
+    group, kv_heads = draw.choice([(1, 1), (1, 2), (2, 1)] if length > 33 else [(1, 3), (2, 1), (2, 2)])
+    variable = draw.random() < 0.3
+    if variable:
+        lengths = [draw.choice([0, 1, length // 2, length]) for _ in range(draw.randint(1, 3))]
+    else:
+        lengths = [length] * (1 if length > 33 else draw.choice([0, 1, 2]))
+    bounds = [0, *accumulate(lengths)]
+    rows, d_in = bounds[-1], draw.randint(1, 70)
+    sizes = (group * kv_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    mask = None if variable else _mask(draw, len(lengths), group * kv_heads, length, dtype)
+    rotary = None
+    if turned:
+        angles = 10 * torch.rand(rows, head_dim)
+        rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    # Up to 7 columns before the first are read with the others.
+    factors = tuple(_draw_factors(draw, size, launch.max_width - 7).factors(d_in, size, dtype) for size in sizes)
+    return Attention(
+        _apart(rows, d_in, draw, dtype), factors,
+        group * kv_heads, kv_heads, head_dim, bounds, mask, draw.random() < 0.3, rotary,
+        draw.choice([head_dim**-0.5, 1.0 / head_dim]),
+    )  # fmt: skip
+
+
+def check_lowrank_attention(seed: int, device: str = "cpu") -> None:
+    """The context of one drawn problem, against float64 and within twice the chain's error."""
+    with torch.device(device):
+        _check_attention(seed)
+
+
+def _check_attention(seed: int) -> None:
+    from lpaf_kernels.triton.lowrank_attention import Projection, attend
+    from lpaf_kernels.triton.lowrank_sparse_linear import project
+
+    torch.manual_seed(seed)
+    launch = draw_launch("attend", seed)
+    problem = draw_attention(seed, launch)
+    draw = random.Random(seed)
+    down = torch.cat([factors.down for factors in problem.factors])
+    z, _, _ = project(problem.x, down, draw_launch("project", seed), keep_splits=False)
+    if draw.random() < 0.3:  # rows apart in memory
+        apart = torch.empty(z.shape[0], 2 * z.shape[1] + 3).to(z.dtype)[:, 1 : z.shape[1] + 1]
+        z = apart.copy_(z)
+    firsts = accumulate((factors.width for factors in problem.factors), initial=0)
+    projections = [
+        Projection(first, factors.up, factors.kept, factors.bias) for first, factors in zip(firsts, problem.factors)
+    ]
+    bounds = problem.bounds
+    lengths = {stop - start for start, stop in pairwise(bounds)}
+    variable = len(lengths) > 1 or (problem.mask is None and draw.random() < 0.3)
+    context = attend(
+        z, *projections, launch, num_heads=problem.num_heads, num_kv_heads=problem.num_kv_heads,
+        length=max(lengths, default=1), scale=problem.scale,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32) if variable else None,
+        mask=problem.mask, is_causal=problem.is_causal, rotary=problem.rotary,
+    )  # fmt: skip
+    check_accurate(context, problem.context(problem.x.dtype), problem.context(torch.float64))
+
+
+def check_lowrank_attention_close(seed: int, device: str = "cpu") -> None:
+    """The block's end of one drawn problem, against float64 and within twice the chain's error."""
+    with torch.device(device):
+        _check_close(seed)
+
+
+def _check_close(seed: int) -> None:
+    from lpaf_kernels.triton.lowrank_attention import close
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    launch = draw_launch("close", seed)
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, d_out = draw.randint(1, 140), draw.randint(2, 90)
+    x = _apart(rows, d_in, draw, dtype)
+    out = _draw_factors(draw, d_out, launch.max_width).factors(d_in, d_out, dtype)
+    residual = _apart(rows, d_out, draw, dtype) if draw.random() < 0.6 else None
+    norm = _norm(draw, d_out, dtype)
+    references = []
+    for to in (dtype, torch.float64):
+        down, up, bias = (None if t is None else t.to(to) for t in (out.down, out.up, out.bias))
+        references.append(ended(chain(x.to(to), down, up, out.kept, bias, "none")[2], residual, norm))
+    check_accurate(close(x, out, launch, residual, norm), *references)
 
 
 def is_interpreting() -> bool:
