@@ -23,8 +23,8 @@
 namespace lpaf::cpu {
 namespace {
 
-// Tokens per task of the steps that go by tokens: whole tiles of both products.
-constexpr int64_t kBlockRows = 60;
+// Tokens per task of the steps that go by tokens: each weight that is fetched serves many.
+constexpr int64_t kBlockRows = 128;
 // Scores at a time, which stay in the second-level cache beside K and V.
 constexpr int64_t kScores = 1 << 16;
 constexpr int64_t kTileRows = 12;

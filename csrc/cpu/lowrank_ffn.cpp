@@ -19,8 +19,8 @@
 namespace lpaf::cpu {
 namespace {
 
-// Rows of a block: whole tiles of both products, and 60 rows of 3072 hidden neurons fill 0.7 MB.
-constexpr int64_t kBlockRows = 60;
+// Rows of a block: a pass of them fills the second-level cache, and each weight that is fetched serves many.
+constexpr int64_t kBlockRows = 256;
 
 struct FeedForward {
     LowRankSparseLayer first, second;
@@ -29,16 +29,16 @@ struct FeedForward {
     const Input& x;
     const Ending& ending;
 
-    // z of one block, of whichever layer has the most columns.
-    int64_t z_pitch() const {
-        const int64_t columns = std::max(first.columns(), second.columns());
-        return padded(gate == nullptr ? columns : std::max(columns, gate->columns()));
-    }
+    // Hidden neurons at a time: what one pass of the second layer's projection reads.
+    int64_t chunk() const { return lowrank_sparse_kernels().pass_depth(first.out); }
 
-    // Floats that `forward_block` takes to work in.
+    // Floats of all intermediates of one row, and that `forward_block` takes to work in.
+    int64_t row_room() const {
+        const int64_t own = padded(first.columns()) + padded(second.columns()) + padded(chunk());
+        return gate == nullptr ? own : own + padded(gate->columns()) + padded(chunk());
+    }
     int64_t room(int64_t rows) const {
-        const int64_t hidden = (gate == nullptr ? 1 : 2) * padded(first.out);
-        return kSumDepth * kSumWidth + rows * (z_pitch() + hidden) + x.room(rows) + ending.room(rows);
+        return kSumDepth * kSumWidth + rows * row_room() + x.room(rows) + ending.room(rows);
     }
 };
 
@@ -46,28 +46,41 @@ struct FeedForward {
 void forward_block(const FeedForward& block, int64_t begin, int64_t end, float* room) {
     const LowRankSparseKernels& products = lowrank_sparse_kernels();
     const ElementwiseKernels& single = elementwise_kernels();
-    const int64_t size = end - begin, in = block.first.in, hidden = block.first.out, out = block.second.out;
+    const LowRankSparseLayer &first = block.first, &second = block.second;
+    const int64_t size = end - begin, hidden = first.out, chunk = block.chunk();
     float* panel = room;
-    const Rows<float> z = {panel + kSumDepth * kSumWidth, block.z_pitch()};
-    const Rows<float> h = {z[size], padded(hidden)};
-    const Rows<float> gate = {h[size], h.stride};
-    float* x_room = block.gate == nullptr ? gate.data : gate[size];
-    float* y_room = x_room + block.x.room(size);
-    const auto apply = [&](const LowRankSparseLayer& layer, Rows<const float> from, Rows<float> to) {
-        products.project(layer, from, size, 0, layer.columns(), z);
-        products.expand(layer, {z.data, z.stride}, size, 0, layer.out, to, panel);
+    room += kSumDepth * kSumWidth;
+    const auto take = [&](int64_t columns) {
+        const Rows<float> rows = {room, padded(columns)};
+        room = rows[size];
+        return rows;
     };
-    const Rows<const float> x = {block.x.rows(begin, end, x_room), in};
-    apply(block.first, x, h);
-    if (block.gate != nullptr) apply(*block.gate, x, gate);
-    for (int64_t row = 0; row < size; ++row) {
-        if (block.gate != nullptr) {
-            single.activate_gate(block.activation, gate[row], h[row], hidden);
-        } else {
-            single.activate(block.activation, h[row], hidden);
+    const Rows<float> z1 = take(first.columns()), z2 = take(second.columns()), h = take(chunk);
+    Rows<float> z_gate{nullptr, 0}, gate{nullptr, 0};
+    if (block.gate != nullptr) z_gate = take(block.gate->columns()), gate = take(chunk);
+    float* y_room = room + block.x.room(size);
+    const Rows<const float> x = {block.x.rows(begin, end, room), first.in};
+    products.project(first, x, size, 0, first.columns(), z1);
+    if (block.gate != nullptr) products.project(*block.gate, x, size, 0, block.gate->columns(), z_gate);
+    for (int64_t from = 0; from < std::max<int64_t>(1, hidden); from += chunk) {
+        const int64_t width = std::min(chunk, hidden - from);
+        const auto make = [&](const LowRankSparseLayer& layer, const Rows<float>& z, const Rows<float>& to) {
+            products.expand(layer, {z.data, z.stride}, size, from, from + width, {to.data - from, to.stride},
+                            panel);
+        };
+        make(first, z1, h);
+        if (block.gate != nullptr) make(*block.gate, z_gate, gate);
+        for (int64_t row = 0; row < size; ++row) {
+            if (block.gate != nullptr) {
+                single.activate_gate(block.activation, gate[row], h[row], width);
+            } else {
+                single.activate(block.activation, h[row], width);
+            }
         }
+        products.project_pass(second, from, {h.data, h.stride}, size, z2);
     }
-    apply(block.second, {h.data, h.stride}, {block.ending.rows(begin, y_room), out});
+    products.expand(second, {z2.data, z2.stride}, size, 0, second.out,
+                    {block.ending.rows(begin, y_room), second.out}, panel);
     block.ending.finish(begin, end, y_room);
 }
 

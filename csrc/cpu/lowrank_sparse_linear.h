@@ -43,9 +43,15 @@ struct LowRankSparseLayer {
 
 // The two products as compiled for one instruction set.
 struct LowRankSparseKernels {
+    // Features that one pass of `project` over `in` of them takes: more would not stay in the caches
+    std::int64_t (*pass_depth)(std::int64_t in);
     // z[:, begin:end] = x down[begin:end]^T
     void (*project)(const LowRankSparseLayer& layer, Rows<const float> x, std::int64_t rows,
                     std::int64_t begin, std::int64_t end, Rows<float> z);
+    // One pass of it for all columns, from feature `from` on, with which x begins; the first pass sets z, the
+    // others add to it
+    void (*project_pass)(const LowRankSparseLayer& layer, std::int64_t from, Rows<const float> x,
+                         std::int64_t rows, Rows<float> z);
     // y[:, begin:end] = (z[:, :rank] up + scatter(z[:, rank:], kept) + bias)[:, begin:end], with room for
     // kSumDepth * kSumWidth floats to work in
     void (*expand)(const LowRankSparseLayer& layer, Rows<const float> z, std::int64_t rows,

@@ -87,24 +87,44 @@ inline void dot_tile(Rows<const float> x, Rows<const float> down, std::int64_t c
     }
 }
 
+// Features of one pass over `in` of them.
+std::int64_t pass_depth(std::int64_t in) {
+    const std::int64_t passes = in > kDotDepth ? ceil_div(in, kDotDepth) : 1;
+    return ceil_div(ceil_div(in, passes), kLanes) * kLanes;
+}
+
+// z[:, begin:end] (+)= x down[begin:end, from:from + length]^T, x beginning with feature `from`.
+inline void project_features(const LowRankSparseLayer& layer, std::int64_t from, std::int64_t length,
+                             Rows<const float> x, std::int64_t rows, std::int64_t begin, std::int64_t end,
+                             Rows<float> z) {
+    const std::int64_t block =
+        length > 0 ? (kDotBlock / length + 1) / kDotColumns * kDotColumns : end - begin;
+    for (std::int64_t first = begin; first < end; first += block) {
+        const std::int64_t last = smaller(first + block, end);
+        for_row_tiles<kDotRows>(rows, [&](std::int64_t row, auto size) {
+            for (std::int64_t j = first; j < last; j += kDotColumns) {
+                dot_tile<size()>({x[row], x.stride}, {layer.down + j * layer.in + from, layer.in},
+                                 smaller(kDotColumns, last - j), length, from == 0, {z[row] + j, z.stride});
+            }
+        });
+    }
+}
+
 void project(const LowRankSparseLayer& layer, Rows<const float> x, std::int64_t rows, std::int64_t begin,
              std::int64_t end, Rows<float> z) {
-    const std::int64_t passes = layer.in > kDotDepth ? ceil_div(layer.in, kDotDepth) : 1;
-    const std::int64_t depth = ceil_div(ceil_div(layer.in, passes), kLanes) * kLanes;
-    const std::int64_t block = depth > 0 ? (kDotBlock / depth + 1) / kDotColumns * kDotColumns : end - begin;
-    for (std::int64_t pass = 0; pass < passes; ++pass) {
-        const std::int64_t from = pass * depth, length = smaller(depth, layer.in - from);
-        for (std::int64_t first = begin; first < end; first += block) {
-            const std::int64_t last = smaller(first + block, end);
-            for_row_tiles<kDotRows>(rows, [&](std::int64_t row, auto size) {
-                for (std::int64_t j = first; j < last; j += kDotColumns) {
-                    dot_tile<size()>({x[row] + from, x.stride}, {layer.down + j * layer.in + from, layer.in},
-                                     smaller(kDotColumns, last - j), length, pass == 0,
-                                     {z[row] + j, z.stride});
-                }
-            });
-        }
-    }
+    const std::int64_t depth = pass_depth(layer.in);
+    std::int64_t from = 0;
+    do {
+        const std::int64_t length = smaller(depth, layer.in - from);
+        project_features(layer, from, length, {x.data + from, x.stride}, rows, begin, end, z);
+        from += depth;
+    } while (from < layer.in);
+}
+
+void project_pass(const LowRankSparseLayer& layer, std::int64_t from, Rows<const float> x, std::int64_t rows,
+                  Rows<float> z) {
+    const std::int64_t length = smaller(pass_depth(layer.in), layer.in - from);
+    project_features(layer, from, length, x, rows, 0, layer.columns(), z);
 }
 
 // Sums of rows: y = z up + bias, with the kept columns where z is stored as it is
@@ -260,7 +280,7 @@ void sum_columns(Rows<const float> from, std::int64_t rows, std::int64_t begin, 
 
 }  // namespace
 
-const LowRankSparseKernels LPAF_KERNELS = {project, expand<Stored::kAsIs>, expand<Stored::kTransposed>,
-                                           sum_columns};
+const LowRankSparseKernels LPAF_KERNELS = {
+    pass_depth, project, project_pass, expand<Stored::kAsIs>, expand<Stored::kTransposed>, sum_columns};
 
 }  // namespace lpaf::cpu
