@@ -240,7 +240,7 @@ def _compiled(chain: Callable[..., Runner], b2b: bool) -> Build:
 
             return stepped
 
-        runner = chain(problem, wrap)
+        runner = chain(problem, wrap=wrap)
         with torch._inductor.config.patch(b2b_gemm_pass=b2b):
             runner.run()
         return runner
