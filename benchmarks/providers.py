@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lpaf_kernels
 from lpaf_kernels import LowRankSparseLinear
 
+from . import exported
 from .cases import Case, Form
 from .errors import InputError
 from .problem import (
@@ -248,6 +249,11 @@ def _compiled(chain: Callable[..., Runner], b2b: bool) -> Build:
     return build
 
 
+def _exported(block: Callable[..., Runner]) -> Build:
+    """A runner in ONNX Runtime."""
+    return lambda problem: block(problem, wrap=exported.export(problem))
+
+
 def _layer(down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor, training: bool) -> LowRankSparseLinear:
     """A LowRankSparseLinear around these tensors."""
     layer = LowRankSparseLinear(
@@ -389,6 +395,14 @@ PROVIDERS: dict[str, Provider] = {
             form="dense",
         ),
         Provider(
+            "dense_onnxruntime",
+            "the dense blocks, exported to ONNX Runtime",
+            _builds(None, _dense_block, _exported),
+            form="dense",
+            devices=("cpu",),
+            refuse=exported.missing,
+        ),
+        Provider(
             "chain",
             "F.linear, F.linear and, where columns are kept, F.linear and index_add_, eager",
             _builds(_chain_linear, _chain_block),
@@ -405,6 +419,13 @@ PROVIDERS: dict[str, Provider] = {
             "compile",
             'torch.compile of the chain, mode="max-autotune" on CUDA',
             _builds(_chain_linear, _chain_block, functools.partial(_compiled, b2b=False)),
+        ),
+        Provider(
+            "onnxruntime",
+            "the chain, exported to ONNX Runtime",
+            _builds(None, _chain_block, _exported),
+            devices=("cpu",),
+            refuse=exported.missing,
         ),
         Provider(
             "compile_b2b",

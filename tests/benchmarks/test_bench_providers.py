@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import measure, timing
+from benchmarks import exported, measure, timing
 from benchmarks.cases import AttentionCase, EncoderCase, FfnCase, LinearCase
 from benchmarks.environment import Ceilings, describe
 from benchmarks.errors import InputError
@@ -18,6 +18,7 @@ from benchmarks.providers import PROVIDERS, Provider, Runner, choose
 from benchmarks.rows import REQUIRED
 
 CPU = torch.device("cpu")
+ENCODER = EncoderCase(hidden=24, intermediate=48, heads=3, layers=2, rank=5, batch=2, length=8)
 CASES = (
     LinearCase(40, 24, 5, 0, 17),
     LinearCase(40, 24, 5, 6, 17),
@@ -27,8 +28,8 @@ CASES = (
     LinearCase(64, 96, 16, 10, 33, "bfloat16", "forward+backward"),
     FfnCase(hidden=24, intermediate=48, rank=5, batch=2, length=8),
     AttentionCase(hidden=24, heads=3, rank=5, batch=2, length=8),
-    EncoderCase(hidden=24, intermediate=48, heads=3, layers=2, rank=5, batch=2, length=8),
-    EncoderCase(hidden=24, intermediate=48, heads=3, layers=2, rank=5, batch=2, length=8, dtype="bfloat16"),
+    ENCODER,
+    dataclasses.replace(ENCODER, dtype="bfloat16"),
 )
 
 
@@ -37,16 +38,17 @@ def session(*names: str, extra: dict[str, Provider] | None = None) -> Session:
 
 
 def test_the_registry_has_all_that_speed_is_claimed_against():
-    baselines = {"dense", "dense_compile", "chain", "chain_graph", "compile", "compile_b2b"}
+    onnx = {"dense_onnxruntime", "onnxruntime"}
+    baselines = {"dense", "dense_compile", "chain", "chain_graph", "compile", "compile_b2b"} | onnx
     linears = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
     assert set(PROVIDERS) == baselines | linears | {"ours_layers", "ours_block"}
     blocks = {"ffn", "attention", "encoder"}
     runs = {name: {"linear"} | blocks for name in PROVIDERS}
-    runs |= dict.fromkeys(("dense_compile", "ours_layers", "ours_block"), blocks)
+    runs |= dict.fromkeys(("dense_compile", "ours_layers", "ours_block", *onnx), blocks)
     assert {name: set(provider.builds) for name, provider in PROVIDERS.items()} == runs
     assert all(name == provider.name and provider.summary for name, provider in PROVIDERS.items())
     assert set(choose(["default"], CPU, {})) == {"dense", "chain", "ours"}
-    assert set(choose(["all"], torch.device("cuda"), {})) == set(PROVIDERS)
+    assert set(choose(["all"], torch.device("cuda"), {})) == set(PROVIDERS) - onnx
     assert {"chain_graph", "ours_graph", "ours_one_kernel"} <= set(choose(["default"], torch.device("cuda"), {}))
     # max-autotune takes minutes a cell: only when asked for.
     assert "compile" not in choose(["default"], torch.device("cuda"), {})
@@ -207,6 +209,21 @@ def test_bad_provider_names_are_refused(name):
 
 @pytest.mark.slow
 def test_the_compiled_chain_passes_the_gate():
-    for case in (CASES[1], CASES[2]):
+    for case in (CASES[1], CASES[2], ENCODER):
         problem = make_problem(case, CPU)
         assert Gate(problem).check(PROVIDERS["compile"].build(problem)).failed is None
+
+
+@pytest.mark.skipif(exported.missing(ENCODER) is not None, reason=str(exported.missing(ENCODER)))
+@pytest.mark.parametrize("name", ["dense_onnxruntime", "onnxruntime"])
+def test_the_exported_encoder_passes_the_gate(name):
+    problem = make_problem(ENCODER, CPU)
+    assert Gate(problem).check(PROVIDERS[name].build(problem)).failed is None
+
+
+def test_what_onnxruntime_cannot_run_is_said(monkeypatch):
+    monkeypatch.setattr(exported, "PACKAGES", ())
+    assert exported.missing(ENCODER) is None
+    assert exported.missing(dataclasses.replace(ENCODER, dtype="bfloat16")) == "measured in float32 only"
+    monkeypatch.setattr(exported, "PACKAGES", ("no_such_package",))
+    assert "no_such_package not installed" in exported.missing(ENCODER)
