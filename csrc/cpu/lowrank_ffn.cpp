@@ -57,7 +57,10 @@ void forward_block(const FeedForward& block, int64_t begin, int64_t end, float* 
     };
     const Rows<float> z1 = take(first.columns()), z2 = take(second.columns()), h = take(chunk);
     Rows<float> z_gate{nullptr, 0}, gate{nullptr, 0};
-    if (block.gate != nullptr) z_gate = take(block.gate->columns()), gate = take(chunk);
+    if (block.gate != nullptr) {
+        z_gate = take(block.gate->columns());
+        gate = take(chunk);
+    }
     float* y_room = room + block.x.room(size);
     const Rows<const float> x = {block.x.rows(begin, end, room), first.in};
     products.project(first, x, size, 0, first.columns(), z1);
