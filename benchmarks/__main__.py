@@ -6,12 +6,27 @@ import argparse
 import sys
 import time
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .cases import CASE_SETS, DIRECTIONS, DTYPE_BYTES, FfnCase, LinearCase, parse_slice, select
+from .cases import (
+    CASE_SETS,
+    DIRECTIONS,
+    DTYPE_BYTES,
+    AttentionCase,
+    Case,
+    FfnCase,
+    LinearCase,
+    parse_slice,
+    select,
+)
 from .errors import InputError
 from .rows import read_rows
 from .tables import compare, failures, run_table, summary
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,27 +169,51 @@ def tune(arguments: argparse.Namespace) -> int:
 
     if resolve_device(arguments.device).type != "cuda":
         raise InputError("--device: tuning needs a CUDA device")
-    from lpaf_kernels.tuning import tune_ffn, tune_linear
-
     dtype = arguments.dtype or "bfloat16"
-    found = select(arguments.cases or ["core"], dtype, None, arguments.only, parse_slice(arguments.slice))
-    cases = [case for case in found if isinstance(case, LinearCase)]
-    shapes = list(dict.fromkeys((c.in_features, c.out_features, c.rank, c.kept) for c in cases))
-    rows = sorted({case.rows for case in cases})
-    started = time.monotonic()
-    written = tune_linear(
-        shapes, dtype=getattr(torch, dtype), rows=rows, budget_s=arguments.budget, output=arguments.output
-    )
-    print(f"{len(shapes)} shapes at M = {', '.join(map(str, rows))}: table in {written}")
-    cases = [case for case in found if isinstance(case, FfnCase)]
-    blocks = list(dict.fromkeys((c.hidden, c.intermediate, c.hidden, (c.rank, c.rank), (0, 0), 0) for c in cases))
-    rows = sorted({case.rows for case in cases})
-    if not blocks:
-        return 0
-    left = max(arguments.budget - (time.monotonic() - started), 0.0)
-    tune_ffn(blocks, getattr(torch, dtype), rows, ("forward",), budget_s=left, output=arguments.output)
-    print(f"{len(blocks)} feed-forward blocks at M = {', '.join(map(str, rows))}")
+    cases = select(arguments.cases or ["core"], dtype, None, arguments.only, parse_slice(arguments.slice))
+    tune_cases(cases, getattr(torch, dtype), arguments.budget, arguments.output)
     return 0
+
+
+def tune_cases(cases: Sequence[Case], dtype: torch.dtype, budget: float, output: Path | None) -> None:
+    """Measure the shapes of the cases in ``budget`` seconds: single layers, then blocks, an encoder's among them."""
+    from lpaf_kernels.tuning import tune_attention, tune_ffn, tune_linear
+
+    started = time.monotonic()
+
+    def options() -> dict[str, Any]:
+        left = max(budget - (time.monotonic() - started), 0.0)
+        return {"dtype": dtype, "budget_s": left, "output": output}
+
+    def named(rows: Iterable[int]) -> str:
+        return ", ".join(map(str, rows))
+
+    linear = [case for case in cases if isinstance(case, LinearCase)]
+    if linear:
+        shapes = list(dict.fromkeys((c.in_features, c.out_features, c.rank, c.kept) for c in linear))
+        rows = sorted({case.rows for case in linear})
+        written = tune_linear(shapes, rows=rows, **options())
+        print(f"{len(shapes)} shapes at M = {named(rows)}: table in {written}")
+    parts = [part for case in cases for part in ((case.attention, case.ffn) if case.op == "encoder" else (case,))]
+    ffn = [case for case in parts if isinstance(case, FfnCase)]
+    if ffn:
+        shapes = list(dict.fromkeys((c.hidden, c.intermediate, c.hidden, (c.rank, c.rank), (0, 0), 0) for c in ffn))
+        rows = sorted({case.rows for case in ffn})
+        written = tune_ffn(shapes, rows=rows, directions=("forward",), **options())
+        print(f"{len(shapes)} feed-forward blocks at M = {named(rows)}: table in {written}")
+    attention = [case for case in parts if isinstance(case, AttentionCase)]
+    if attention:
+        shapes = list(dict.fromkeys(_attention_sizes(case) for case in attention))
+        batches = sorted({(case.batch, case.length) for case in attention})
+        written = tune_attention(shapes, batches=batches, **options())
+        words = ", ".join(f"{batch} x {length}" for batch, length in batches)
+        print(f"{len(shapes)} attention blocks at {words}: table in {written}")
+
+
+def _attention_sizes(case: AttentionCase) -> tuple:
+    """(in, heads, kv_heads, head_dim, out, ranks, kept, rotary)."""
+    head_dim = case.hidden // case.heads
+    return case.hidden, case.heads, case.heads, head_dim, case.hidden, (case.rank,) * 4, (0,) * 4, False
 
 
 def add_gpu_check(parser: argparse.ArgumentParser) -> None:

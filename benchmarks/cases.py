@@ -458,6 +458,17 @@ def encoder_cases(dtype: str) -> list[Case]:
     return _blocks(EncoderCase, [(BERT_BASE, ENCODER_RANKS), (MINILM, MINILM_RANKS)], ENCODER_BATCHES, dtype)
 
 
+def core_block_cases(dtype: str) -> list[Case]:
+    """The blocks of the GPU check: those of BERT-base, wide feed-forward blocks, and its encoder by batch size."""
+    bert, one = [(BERT_BASE, ENCODER_RANKS)], [(32, 128)]
+    return [
+        *_blocks(FfnCase, bert, one, dtype),
+        *_blocks(FfnCase, [(BERT_BASE, (96, 192))], [(16, 4096)], dtype),
+        *_blocks(AttentionCase, bert, one, dtype),
+        *_blocks(EncoderCase, bert, [(1, 128), (32, 128), (128, 128)], dtype),
+    ]
+
+
 def cpu_block_cases(dtype: str) -> list[Case]:
     """Both blocks of BERT-base, for the CPU."""
     models = [(BERT_BASE, ENCODER_RANKS)]
@@ -472,6 +483,7 @@ def cpu_encoder_cases(dtype: str) -> list[Case]:
 CASE_SETS: dict[str, Callable[[str], Sequence[Case]]] = {
     "attention": attention_cases,
     "core": core_cases,
+    "core-blocks": core_block_cases,
     "cpu": cpu_cases,
     "cpu-blocks": cpu_block_cases,
     "cpu-encoder": cpu_encoder_cases,

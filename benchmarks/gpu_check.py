@@ -15,12 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .environment import ROOT
 from .rows import RESULTS
+
+if TYPE_CHECKING:
+    from .cases import Case
 
 # The environment variable that names a folder for copies of the results.
 OUT = "OUT"
@@ -120,12 +124,15 @@ def _benchmarks(*arguments: str) -> Callable[[float], Sequence[str]]:
 
 
 BUILD = {"LPAF_NATIVE": "required"}
+BLOCK_PROVIDERS = "dense,chain_graph,ours,ours_graph"
 TESTS = ("-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-p", "no:cacheprovider")
 
 
 def gpu_steps(output: Path, table: Path, skip_build: bool) -> list[Step]:
     """The steps on a GPU; ``output`` takes the rows, ``table`` a copy of what was tuned."""
     core = ("run", "--device", "cuda", "--cases", "core", "--case-seconds", "0.5", "--output", str(output))
+    blocks = ("run", "--device", "cuda", "--cases", "core-blocks", "--providers", BLOCK_PROVIDERS)
+    blocks += ("--case-seconds", "0.5", "--output", str(block_rows(output)))
     steps = [Step("environment", _internal("report_environment"), 60)]
     if not skip_build:
         build = _python("setup.py", "build_ext", "--inplace")
@@ -133,11 +140,17 @@ def gpu_steps(output: Path, table: Path, skip_build: bool) -> list[Step]:
     return [
         *steps,
         Step("GPU tests", _python(*TESTS), 180, share=0.5),
-        Step("core cells", _benchmarks(*core), 240, share=0.5, least=30),
-        Step("tuning of their shapes", _benchmarks("tune", "--device", "cuda", "--cases", "core"), 240, 0.55, 30),
+        Step("core cells", _benchmarks(*core), 240, share=0.4, least=30),
+        Step("block cells", _benchmarks(*blocks), 90, share=0.35, least=30),
+        Step("tuning of the core shapes", _benchmarks("tune", "--device", "cuda", "--cases", "core"), 240, 0.45, 30),
         Step("a copy of the table", _python("-c", _COPY_TABLE.format(str(table))), 30),
         Step("core cells with the new table", _benchmarks(*core), 240, least=45),
     ]
+
+
+def block_rows(output: Path) -> Path:
+    """Where the rows of the block cells go, beside those of the core cells."""
+    return output.with_name("core-blocks.jsonl")
 
 
 # The table that tuning wrote is the user's own; the results keep a copy of it.
@@ -163,6 +176,7 @@ def dry_steps(scratch: Path, skip_build: bool) -> list[Step]:
         *steps,
         Step("collection of the GPU tests", _python(*TESTS, "--collect-only"), 120),
         Step("core cases", _internal("build_core_cases"), 120),
+        Step("block cases", _internal("build_block_cases"), 120),
         Step("Triton kernels compiled", _internal("compile_kernels"), 1800),
         Step("rows written", _benchmarks(*sample, "--case-seconds", "0.1", "--threads", "1", "--output", rows), 120),
         Step("rows read", _python("-m", "benchmarks", "table", rows), 60),
@@ -184,7 +198,8 @@ def check(dry: bool, budget: float, skip_build: bool, output: Path | None) -> in
         dry: up to the launch only.
         budget: seconds for all steps. A dry run has no use for it but keeps to each step's own limit.
         skip_build: use the native libraries that are there.
-        output: the rows' file. Default: benchmarks/results/DEVICE/core.jsonl.
+        output: the core cells' file, beside which core-blocks.jsonl takes the block cells. Default:
+            benchmarks/results/DEVICE/core.jsonl.
     """
     if dry:
         with tempfile.TemporaryDirectory() as scratch:
@@ -195,7 +210,7 @@ def check(dry: bool, budget: float, skip_build: bool, output: Path | None) -> in
         output.parent.mkdir(parents=True, exist_ok=True)
         table = output.parent / "tuning.json"
         outcomes = run_steps(gpu_steps(output.resolve(), table.resolve(), skip_build), budget)
-        for copy in copy_results([output, table]):
+        for copy in copy_results([output, block_rows(output), table]):
             print(f"copied to {copy}")
     print()
     for outcome in outcomes:
@@ -245,9 +260,6 @@ def build_core_cases() -> int:
     from lpaf_kernels import LowRankSparseLinear
 
     from .cases import core_cases, cpu_cases
-    from .gate import Gate
-    from .problem import make_problem
-    from .providers import PROVIDERS
 
     cases = core_cases("bfloat16")
     for case in cases:
@@ -261,13 +273,34 @@ def build_core_cases() -> int:
             print(f"{case}: y has shape {list(y.shape)}")
             return 1
     print(f"{len(cases)} core cases run on the meta device")
-    failed = 0
-    device = torch.device("cpu")
     small = [case for case in cases if case.rows <= DRY_ROWS and case.direction == "forward"][:4]
     # One training step, which the core cells have only at large M.
     small.append(dataclasses.replace(cpu_cases("bfloat16")[0], rows=DRY_ROWS, direction="forward+backward"))
-    for case in small:
-        problem = make_problem(case, device)
+    return _gate_on_the_cpu(small)
+
+
+def build_block_cases() -> int:
+    """Run the gate on the CPU for one short sequence and one layer of every core block case."""
+    from .cases import core_block_cases
+
+    small = []
+    for case in core_block_cases("bfloat16"):
+        layers = {"layers": 1} if case.op == "encoder" else {}
+        small.append(dataclasses.replace(case, batch=1, length=DRY_ROWS, **layers))
+    return _gate_on_the_cpu(dict.fromkeys(small))
+
+
+def _gate_on_the_cpu(cases: Iterable[Case]) -> int:
+    """1 if the gate fails for any of the cases, 0 if not."""
+    import torch
+
+    from .gate import Gate
+    from .problem import make_problem
+    from .providers import PROVIDERS
+
+    failed = 0
+    for case in cases:
+        problem = make_problem(case, torch.device("cpu"))
         gate = Gate(problem)
         for name in ("dense", "chain", "ours"):
             verdict = gate.check(PROVIDERS[name].build(problem))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,13 @@ def unfuse(model: nn.Module) -> list[str]:
     for name in names:
         model.get_submodule(name)._restore()
     return names
+
+
+def fused_blocks(model: nn.Module) -> Iterator[AttentionParts | FeedForwardParts]:
+    """What runs as one operator each in a model after :func:`fuse`, in its order."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            yield from (parts(module, module._family) for parts in module._blocks)
 
 
 def _check_module(model: nn.Module) -> None:
@@ -335,6 +342,7 @@ class _Fused:
     _original: type
     _form: type
     _family: Family
+    _blocks: tuple[type[AttentionParts] | type[FeedForwardParts], ...]
 
     def _prepare(self) -> None:
         """After the class has changed."""
@@ -379,6 +387,8 @@ class _Packed(_Fused):
 class _FusedAttention(_Packed):
     """attention(x, mask) -> (output, None)."""
 
+    _blocks = (AttentionParts,)
+
     def forward(self, hidden_states, attention_mask=None, *arguments, **options):
         parts = AttentionParts(self, self._family)
         extra = options | {str(index): value for index, value in enumerate(arguments)}
@@ -389,6 +399,8 @@ class _FusedAttention(_Packed):
 
 class _FeedForwardFused(_Fused):
     """A layer whose feed-forward block is fused."""
+
+    _blocks = (FeedForwardParts,)
 
     @staticmethod
     def fusible(layer: nn.Module, family: Family) -> bool:
@@ -416,6 +428,8 @@ class _FusedDebertaLayer(_FeedForwardFused):
 
 class _FusedDistilBertLayer(_Packed):
     """layer(x, mask) -> output, both blocks fused."""
+
+    _blocks = (AttentionParts, FeedForwardParts)
 
     @staticmethod
     def fusible(layer: nn.Module, family: Family) -> bool:

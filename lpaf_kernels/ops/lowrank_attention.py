@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import has_kernel, library, register_autocast, register_fallback
+from ..triton.launch import ALIGNED, pitch
+from ..tuning import lowrank_attention as plans
+from ..tuning.lowrank_sparse_linear import expand_chain, prefers_chain
 from ._blocks import (
     NATIVE_DTYPES,
     Norm,
@@ -34,6 +37,8 @@ from .lowrank_sparse_linear import (
 _HAS_NATIVE = has_kernel("lowrank_attention_forward", "CPU")
 _native_forward = torch.ops.lpaf_kernels.lowrank_attention_forward.default
 NO_KEPT = (None, None, None, None)
+# (down, up, kept, bias) of Q, K and V.
+Layers = list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
 
 def lowrank_attention(
@@ -384,15 +389,35 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos.unsqueeze(-2) + torch.cat([-second, first], -1) * sin.unsqueeze(-2)
 
 
+def _project_apart(x: Tensor, layers: Layers) -> list[Tensor]:
+    """Q, K and V [..., columns], differentiable."""
+    return [packed_lowrank_sparse_linear(x, *layer) for layer in layers]
+
+
+def _project_together(x: Tensor, layers: Layers, down_qkv: Tensor) -> list[Tensor]:
+    """The same for inference, x read once for all three, unless a layer has a better way."""
+    widths = [down.shape[0] for down, *_ in layers]
+    # From columns between the 16-byte pieces of z cuBLAS would take its unaligned kernels.
+    aligned = all(first % ALIGNED == 0 for first in accumulate(widths[:2]))
+    if not aligned or not all(prefers_chain(x, *layer) for layer in layers):
+        return _project_apart(x, layers)
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    z = x.new_empty(x.shape[0], pitch(sum(widths)))[:, : sum(widths)]
+    torch.mm(x, down_qkv.t(), out=z)
+    parts = zip(z.split(widths, 1), layers, strict=True)
+    return [expand_chain(part, *layer).view(*lead, layer[0].shape[1]) for part, (_, *layer) in parts]
+
+
 def _attend(
     x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, max_seqlen,
-    num_heads, num_kv_heads, is_causal, scale, dropout_p=0.0,
+    num_heads, num_kv_heads, is_causal, scale, dropout_p=0.0, together=False,
 ):  # fmt: skip
     """The context [..., num_heads * head_dim] that O reads: Q, K and V are built once, and torch's attention."""
     ups, kept = (up_q, up_k, up_v), (kept_q, kept_k, kept_v)
-    layers = zip(down_qkv.split(_widths(ups, kept)), ups, kept, _split_bias(bias_qkv, ups), strict=True)
+    layers = list(zip(down_qkv.split(_widths(ups, kept)), ups, kept, _split_bias(bias_qkv, ups), strict=True))
     head_dim = up_q.shape[1] // num_heads
-    q, k, v = (packed_lowrank_sparse_linear(x, *layer).unflatten(-1, (-1, head_dim)) for layer in layers)
+    rows = _project_together(x, layers, down_qkv) if together else _project_apart(x, layers)
+    q, k, v = (columns.unflatten(-1, (-1, head_dim)) for columns in rows)
     if cos is not None:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     if cu_seqlens is not None:
@@ -425,26 +450,33 @@ def _pad(heads: Tensor, sequence: Tensor, position: Tensor, sequences: int, long
 def _compose(
     x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, down_o, up_o, kept_o, bias_o, residual,
     norm_weight, norm_bias, attn_mask, cu_seqlens, cos, sin, max_seqlen, num_heads, num_kv_heads, is_causal, scale,
-    norm, eps,
+    norm, eps, together=False,
 ):  # fmt: skip
-    """The whole block, layer by layer, differentiable."""
+    """The whole block, layer by layer, differentiable unless the projections are taken ``together``."""
     context = _attend(
         x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, attn_mask, cu_seqlens, cos, sin, max_seqlen,
-        num_heads, num_kv_heads, is_causal, scale,
+        num_heads, num_kv_heads, is_causal, scale, together=together,
     )  # fmt: skip
     y = packed_lowrank_sparse_linear(context, down_o, up_o, kept_o, bias_o)
     return normalise(y if residual is None else y + residual, norm, norm_weight, norm_bias, eps)
 
 
 @torch.no_grad()
-def _lowrank_attention(*arguments):
-    return _compose(*arguments)
+def chain(*arguments):
+    return _compose(*arguments, together=True)
+
+
+def _lowrank_attention_cuda(*arguments):
+    """The Triton block where the tables prefer it."""
+    problem = plans.Problem(*arguments).with_length()
+    y = plans.cuda_forward(problem)
+    return chain(*problem) if y is None else y
 
 
 def _lowrank_attention_cpu(x, *arguments):
     """The native kernel where there is one and it takes this dtype."""
     if not _HAS_NATIVE or x.dtype not in NATIVE_DTYPES:
-        return _lowrank_attention(x, *arguments)
+        return chain(x, *arguments)
     arguments = list(arguments)
     for index in _TABLES:
         table = arguments[index - 1]
@@ -499,8 +531,8 @@ def _cast(dtype, *arguments):
 
 
 register_fallback("lowrank_attention", _lowrank_attention_cpu, ("CPU",))
-register_fallback("lowrank_attention", _lowrank_attention, ("CUDA",))
-register_fallback("lowrank_attention_forward", _lowrank_attention)
+register_fallback("lowrank_attention", _lowrank_attention_cuda, ("CUDA",))
+register_fallback("lowrank_attention_forward", chain)
 torch.library.register_fake("lpaf_kernels::lowrank_attention", _lowrank_attention_fake, lib=library)
 torch.library.register_fake("lpaf_kernels::lowrank_attention_forward", _lowrank_attention_fake, lib=library)
 torch.library.register_autograd("lpaf_kernels::lowrank_attention", _backward, setup_context=_setup_context, lib=library)

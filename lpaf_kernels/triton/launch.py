@@ -18,6 +18,11 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
+# Sides of a head that "attend" has tiles for.
+HEAD_DIMS = (32, 64, 96, 128)
+# "attend" reads z from columns that are a multiple of this, in 16-byte pieces of 2-byte numbers.
+ALIGNED = 8
+
 KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend", "close")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.

@@ -20,15 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._blocks import Norm
-from .launch import Launch, head_columns, start
+from .launch import ALIGNED, HEAD_DIMS, Launch, head_columns, start
 from .lowrank_ffn import Factors, _cut, _inner, _kept_from, _outer_tile, _result
 from .lowrank_sparse_linear import _block_k, _cast, _common, _mma
 
-HEAD_DIMS = (32, 64, 96, 128)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-# z is read from columns that are a multiple of this, in 16-byte pieces of 2-byte numbers.
-_ALIGNED = tl.constexpr(8)
+_ALIGNED = tl.constexpr(ALIGNED)
 
 
 class Projection(NamedTuple):
@@ -52,7 +50,7 @@ class Projection(NamedTuple):
 
     @property
     def lead(self) -> int:
-        return self.first % _ALIGNED.value
+        return self.first % ALIGNED
 
     @property
     def width(self) -> int:

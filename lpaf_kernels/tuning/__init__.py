@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from .dispatch import Choice, Gpu, explain, use_provider
-from .table import FfnShape, Plan, Shape, Table
+from .table import AttentionShape, FfnShape, Plan, Shape, Table
 from .tune import tune_linear
+from .tune_lowrank_attention import tune_attention
 from .tune_lowrank_ffn import tune_ffn
 
-__all__ = ["Choice", "FfnShape", "Gpu", "Plan", "Shape", "Table", "explain", "tune_ffn", "tune_linear", "use_provider"]
+__all__ = [
+    "AttentionShape",
+    "Choice",
+    "FfnShape",
+    "Gpu",
+    "Plan",
+    "Shape",
+    "Table",
+    "explain",
+    "tune_attention",
+    "tune_ffn",
+    "tune_linear",
+    "use_provider",
+]

@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 
 from ..triton import missing
-from ..triton.launch import LAUNCHES, candidates
-from .table import FFN, LINEAR, AnyShape, FfnShape, Plan, Resolved, Shape, Table
+from ..triton.launch import HEAD_DIMS, LAUNCHES, candidates
+from .table import ATTENTION, FFN, LINEAR, AnyShape, AttentionShape, FfnShape, Plan, Resolved, Shape, Table
 
 TABLES = Path(__file__).parent / "tables"
 DEFAULT_TABLE = TABLES / "default.json"
 
-# Forward providers: the first is lowrank_ffn's, whose chain is its layers one by one; the others are of a linear layer.
+# Operators on whole blocks of layers.
+BLOCKS = (FFN, ATTENTION)
+# Forward providers: the first is the blocks', whose chain is their layers one by one; the others are of a linear layer.
 PROVIDERS = ("block", "one_kernel", "two_kernels", "chain", "dense")
 # What stands for a layer's providers in its backward.
 BACKWARD = {"one_kernel": "kernels", "two_kernels": "kernels", "chain": "chain", "dense": "chain"}
 TRITON_PROVIDERS = ("block", "one_kernel", "two_kernels", "kernels")
-# The kernels of a block whose launches must hold its rank columns, by direction.
+# The kernels of a feed-forward block whose launches must hold its rank columns, by direction.
 BLOCK_KERNELS = {"forward": ("ffn",), "backward": ("ffn", "ffn_rows", "ffn_weights")}
 _CHAIN = Plan("chain")
 
@@ -119,7 +121,7 @@ def tables(gpu: Gpu) -> tuple[Table, ...]:
 
 _resolved: dict[tuple[AnyShape, Gpu], Resolved] = {}
 _forced: str | None = None
-_broken: set[Plan] = set()
+_broken: set[tuple[str, Plan]] = set()
 
 
 def resolve(shape: AnyShape, gpu: Gpu) -> Resolved:
@@ -146,7 +148,7 @@ def choose(shape: AnyShape, rows: int, gpu: Gpu, inference: bool = True) -> Plan
         if plan.provider == "dense":
             if inference:
                 return plan
-        elif gpu.triton is not None and plan not in _broken and _holds(plan, shape, gpu.arch):
+        elif gpu.triton is not None and (shape.op, plan) not in _broken and _holds(plan, shape, gpu.arch):
             return plan
     return _CHAIN
 
@@ -154,6 +156,8 @@ def choose(shape: AnyShape, rows: int, gpu: Gpu, inference: bool = True) -> Plan
 def _holds(plan: Plan, shape: AnyShape, arch: int) -> bool:
     """Whether the plan's kernels, which may have been measured on a near shape, can hold this one's rank columns."""
     width, dtype = shape.width, getattr(torch, shape.dtype)
+    if shape.op == ATTENTION:
+        return plan.provider != "block" or _holds_attention(plan, shape, arch, dtype)
     if plan.provider == "block":
         kernels = BLOCK_KERNELS["backward" if shape.direction == "backward" else "forward"]
     elif plan.provider == "one_kernel":
@@ -165,8 +169,22 @@ def _holds(plan: Plan, shape: AnyShape, arch: int) -> bool:
     return all(LAUNCHES[name].holds(width, dtype) for name in plan.launches if name in LAUNCHES)
 
 
+def _holds_attention(plan: Plan, shape: AttentionShape, arch: int, dtype: torch.dtype) -> bool:
+    """Of the block's kernels only "attend" must hold its columns: o may run as a layer, without "close"."""
+    if shape.direction == "backward" or shape.head_dim not in HEAD_DIMS:
+        return False
+    if not plan.launches:
+        return bool(candidates("attend", shape.width, arch, dtype, shape.head))
+    known = [LAUNCHES[name] for name in plan.launches if name in LAUNCHES]
+    return all(
+        launch.holds(shape.out_width if launch.kernel == "close" else shape.width, dtype)
+        and (launch.kernel != "attend" or shape.head <= launch.block_k)
+        for launch in known
+    )
+
+
 def _force(shape: AnyShape, rows: int, gpu: Gpu, inference: bool) -> Plan:
-    if shape.op == FFN:
+    if shape.op in BLOCKS:
         # Another name than "block" is one for its layers.
         provider = _forced if _forced == "block" else "chain"
     else:
@@ -175,8 +193,10 @@ def _force(shape: AnyShape, rows: int, gpu: Gpu, inference: bool) -> Plan:
         return _CHAIN
     if provider in TRITON_PROVIDERS and gpu.triton is None:
         raise RuntimeError(f"provider {_forced!r} was forced: {missing()}")
-    if provider == "block" and shape.direction == "backward" and not _holds(Plan("block"), shape, gpu.arch):
-        return _CHAIN  # a forward takes further passes over its rank columns, a backward has none
+    # A feed-forward block's forward takes further passes over its rank columns, nothing else does.
+    passes = shape.op == FFN and shape.direction != "backward"
+    if provider == "block" and not passes and not _holds(Plan("block"), shape, gpu.arch):
+        return _CHAIN
     ranked = resolve(shape, gpu).at(rows)
     return next(
         (plan for plan in ranked if plan.provider == provider and _holds(plan, shape, gpu.arch)), Plan(provider)
@@ -190,17 +210,17 @@ def forget() -> None:
     _broken.clear()
 
 
-def report_broken(plan: Plan, error: Exception) -> None:
-    """A kernel failed to compile or launch: warn once and leave it out from now on; the chain serves instead."""
-    if plan not in _broken:
-        _broken.add(plan)
+def report_broken(op: str, plan: Plan, error: Exception) -> None:
+    """A kernel of ``op`` failed to compile or launch: warn once and leave it out from now on; the chain serves."""
+    if (op, plan) not in _broken:
+        _broken.add((op, plan))
         message = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"{_plan_text(plan)} failed and is not used again: {message[0]}", stacklevel=2)
 
 
 def is_forced(op: str) -> bool:
     """Whether :func:`use_provider` decides how ``op`` runs; "block" leaves single layers to the tables."""
-    return _forced is not None and (_forced != "block" or op == FFN)
+    return _forced is not None and (_forced != "block" or op in BLOCKS)
 
 
 @contextmanager
@@ -211,9 +231,10 @@ def use_provider(name: str | None) -> Iterator[None]:
         name: for linear layers "one_kernel" (Triton, the intermediate stays on chip), "two_kernels" (Triton), "chain"
             (cuBLAS on the packed weights), "dense" (the dense weight, rebuilt once; inference only) or None (by the
             tables). In a backward the first two mean its Triton kernels, the others cuBLAS. With any of them
-            ``lowrank_ffn`` runs its layers one by one, by that provider. "block": ``lowrank_ffn`` in one pass (Triton),
-            in training too; float64, and the backward of more rank columns than its launches hold (272 of 2 bytes, 68
-            of 4), run layer by layer all the same, and single layers go by the tables. A forced provider that fails
+            ``lowrank_ffn`` and ``lowrank_attention`` run their layers one by one, by that provider. "block": these two
+            by their own kernels (Triton), in training too; float64, the backward of attention, that of a feed-forward
+            block of more rank columns than its launches hold (272 of 2 bytes, 68 of 4), and attention that no launch
+            holds run layer by layer all the same, and single layers go by the tables. A forced provider that fails
             raises.
 
     Raises:
@@ -233,22 +254,31 @@ def use_provider(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: Gpu | None = None) -> Choice:
+def explain(
+    layer: torch.nn.Module,
+    rows: int,
+    direction: str = "forward",
+    gpu: Gpu | None = None,
+    *,
+    length: int | None = None,
+) -> Choice:
     """How ``layer`` runs on an input of ``rows`` rows, and why.
 
     Args:
-        layer: a LowRankSparseLinear (anything with its ``down``, ``up`` and ``kept``), or a feed-forward block of them
-            (anything with layers ``first`` and ``second``, and ``gate``, a layer or None).
+        layer: a LowRankSparseLinear (anything with its ``down``, ``up`` and ``kept``), a feed-forward block of them
+            (anything with layers ``first`` and ``second``, and ``gate``, a layer or None), or an attention block of
+            them without rotary embeddings (anything with layers ``q``, ``k``, ``v`` and ``o``, and ``num_heads``).
         rows: the product of the input's leading sizes.
         direction: "forward" (inference), "training" (a forward that autograd records) or "backward".
         gpu: the device to explain for. Default: that of the layer's parameters.
+        length: of an attention block's sequences. Default: ``rows``, one sequence.
 
     Returns:
         A :class:`Choice`; its ``plan.provider`` is the one used, printing it tells the whole story.
 
     Raises:
         TypeError: another kind of layer.
-        ValueError: another direction, or a negative row count.
+        ValueError: another direction, a negative row count or length.
 
     Example:
         >>> from lpaf_kernels import LowRankSparseLinear
@@ -259,7 +289,9 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
         raise ValueError(f"direction: expected forward, training or backward, got {direction!r}")
     if rows < 0:
         raise ValueError(f"rows: expected at least 0, got {rows}")
-    shape, down = _shape(layer, direction)
+    if length is not None and length < 0:
+        raise ValueError(f"length: expected at least 0, got {length}")
+    shape, down = _shape(layer, direction, rows if length is None else length)
     dtype, device = down.dtype, down.device
     if gpu is None:
         if not down.is_cuda:
@@ -276,11 +308,13 @@ def explain(layer: torch.nn.Module, rows: int, direction: str = "forward", gpu: 
     return Choice(shape, rows, plan, f"{found.reason}{nearest}", others)
 
 
-def _shape(layer: torch.nn.Module, direction: str) -> tuple[AnyShape, torch.Tensor]:
+def _shape(layer: torch.nn.Module, direction: str, length: int) -> tuple[AnyShape, torch.Tensor]:
     """What the plans of ``layer`` depend on, and one of its tensors."""
     if _is_linear(layer):
         (in_features, out_features, rank, kept), down = _sizes(layer), layer.down
         return Shape(LINEAR, direction, _name(down), in_features, out_features, rank, kept), down
+    if all(_is_linear(getattr(layer, name, None)) for name in "qkvo"):
+        return _attention_shape(layer, direction, length), layer.q.down
     gate = getattr(layer, "gate", None)
     layers = [getattr(layer, name, None) for name in ("first", "second")]
     if not all(_is_linear(part) for part in layers) or not (gate is None or _is_linear(gate)):
@@ -290,6 +324,16 @@ def _shape(layer: torch.nn.Module, direction: str) -> tuple[AnyShape, torch.Tens
     down = layers[0].down
     sizes = (in_features, hidden, out_features, (rank1, rank2), (kept1, kept2), rank_gate)
     return FfnShape(FFN, direction, _name(down), *sizes), down
+
+
+def _attention_shape(block: torch.nn.Module, direction: str, length: int) -> AttentionShape:
+    (in_features, inner, *_), (_, kv_inner, *_), _, (_, out_features, *_) = found = [
+        _sizes(getattr(block, name)) for name in "qkvo"
+    ]
+    head_dim = inner // block.num_heads
+    ranks, kept = zip(*((rank, kept) for _, _, rank, kept in found), strict=True)
+    sizes = (in_features, block.num_heads, kv_inner // head_dim, head_dim, out_features, ranks, kept)
+    return AttentionShape(ATTENTION, direction, _name(block.q.down), *sizes, False, max(length, 1))
 
 
 def _is_linear(layer: object) -> bool:

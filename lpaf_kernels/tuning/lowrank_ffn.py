@@ -70,7 +70,7 @@ class Problem(NamedTuple):
             for name, tensor in self._asdict().items()
         )
         return Problem(*tensors)._replace(
-            x=_matrix(self.x), residual=None if self.residual is None else _matrix(self.residual)
+            x=matrix(self.x), residual=None if self.residual is None else matrix(self.residual)
         )
 
     def factors(self) -> tuple[Factors, Factors, Factors | None]:
@@ -89,7 +89,8 @@ class Problem(NamedTuple):
         return None if self.norm == "none" else Norm(self.norm, self.norm_weight, self.norm_bias, self.eps)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def matrix(tensor: Tensor) -> Tensor:
+    """``tensor`` as a matrix with dense rows."""
     tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
@@ -161,7 +162,7 @@ def cuda_backward(grad: Tensor, *arguments: object, needs: Sequence[bool]) -> tu
     if plan.provider != "block":
         return None
     try:
-        d_x, *others, d_residual, d_weight, d_bias = backward(plan, problem.prepared(), _matrix(grad), needs, gpu.arch)
+        d_x, *others, d_residual, d_weight, d_bias = backward(plan, problem.prepared(), matrix(grad), needs, gpu.arch)
     except Exception as error:
         _report(plan, error)
         return None
@@ -180,4 +181,4 @@ def _report(plan: Plan, error: Exception) -> None:
     """Raise the error of a forced plan; leave another plan out from now on."""
     if dispatch.is_forced(FFN):
         raise error
-    dispatch.report_broken(plan, error)
+    dispatch.report_broken(FFN, plan, error)

@@ -88,15 +88,22 @@ def forward(plan: Plan, problem: Problem, training: bool, save_pre: bool, arch: 
 
 def _chain(problem: Problem, training: bool, save_pre: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, down, up, kept, bias, activation = problem
-    rank, width = up.shape[0], down.shape[0]
+    width = down.shape[0]
     # Rows of 16 elements' multiple: an odd rank would send the second product to cuBLAS's unaligned kernels.
     z = x.new_empty(x.shape[0], pitch(width))
     torch.mm(x, down.t(), out=z[:, :width])
+    y = expand_chain(z[:, :width], up, kept, bias)
+    return _activate(y, activation), z if training else x.new_empty(0), y if save_pre else x.new_empty(0)
+
+
+def expand_chain(z: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y [rows, out] of z [rows, r + kept] by torch's product."""
+    rank = up.shape[0]
     low = z[:, :rank]
     y = low @ up if bias is None else torch.addmm(bias, low, up)
     if kept is not None:
-        y.scatter_add_(1, kept.long().expand(x.shape[0], -1), z[:, rank:width])
-    return _activate(y, activation), z if training else x.new_empty(0), y if save_pre else x.new_empty(0)
+        y.scatter_add_(1, kept.long().expand(z.shape[0], -1), z[:, rank:])
+    return y
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
@@ -191,7 +198,7 @@ def cuda_forward(
     except Exception as error:
         if dispatch.is_forced(LINEAR) or plan.provider not in dispatch.TRITON_PROVIDERS:
             raise
-        dispatch.report_broken(plan, error)
+        dispatch.report_broken(LINEAR, plan, error)
         y, z, pre = forward(Plan("chain"), problem, save_z, save_pre, gpu.arch)
     lead = x.shape[:-1]
     return y.view(*lead, y.shape[1]), z, pre.view(*lead, y.shape[1]) if save_pre else pre
@@ -226,9 +233,19 @@ def cuda_backward(
     except Exception as error:
         if dispatch.is_forced(LINEAR):
             raise
-        dispatch.report_broken(plan, error)
+        dispatch.report_broken(LINEAR, plan, error)
         return None
     return d_x.view(x.shape) if needs[0] else d_x, *others
+
+
+def prefers_chain(x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the layer runs by torch's products for inference: on CUDA as the tables say, elsewhere it may."""
+    if not x.is_cuda:
+        return True
+    return (
+        _plan(Problem.of(x, down, up, kept, bias, "none"), dispatch.current_gpu(x.get_device()), "forward").provider
+        == "chain"
+    )
 
 
 def _plan(problem: Problem, gpu: dispatch.Gpu, direction: str) -> Plan:

@@ -10,7 +10,9 @@ Format 1::
 
 Each list of plans is ordered, the fastest first: (provider, launch names, microseconds). An entry of "lowrank_ffn" has
 the sizes of the block, {"in": 768, "hidden": 3072, "out": 768, "ranks": [80, 80], "kept": [38, 0], "gate": 0}, the last
-one the rank of the gate. The default table has "gpu": "*" and "rules" in place of entries, see :class:`Rule`.
+one the rank of the gate; one of "lowrank_attention" has {"in": 768, "heads": 12, "kv_heads": 12, "head_dim": 64,
+"out": 768, "ranks": [80, 80, 80, 80], "kept": [0, 0, 0, 0], "rotary": false, "length": 128}, those of q, k, v and o in
+this order. The default table has "gpu": "*" and "rules" in place of entries, see :class:`Rule`.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..triton.launch import ALIGNED, head_columns
 
 FORMAT = 1
 # A shape that was not measured takes the plans of the nearest one that was, if every size is within this factor.
 NEAREST_FACTOR = 1.5
-LINEAR, FFN = "lowrank_sparse_linear", "lowrank_ffn"
+LINEAR, FFN, ATTENTION = "lowrank_sparse_linear", "lowrank_ffn", "lowrank_attention"
 
 
 class Plan(NamedTuple):
@@ -124,7 +128,81 @@ class FfnShape(NamedTuple):
         return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
 
 
-AnyShape = Shape | FfnShape
+class AttentionShape(NamedTuple):
+    """What a plan of lowrank_attention depends on besides the row count; ranks and kept are those of q, k, v and o.
+
+    The length, the longest sequence's, is one of its sizes: the block makes K and V once per tile of queries.
+    """
+
+    op: str
+    direction: str
+    dtype: str
+    in_features: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    out_features: int
+    ranks: tuple[int, int, int, int]
+    kept: tuple[int, int, int, int]
+    rotary: bool
+    length: int
+
+    @property
+    def kind(self) -> tuple:
+        """What must be equal for two shapes to be compared at all."""
+        return self.op, self.direction, self.dtype, self.head_dim, self.rotary, *(count > 0 for count in self.kept)
+
+    @property
+    def width(self) -> int:
+        """The columns of z that a program of "attend" holds: of q, k or v, and those before that are read with it."""
+        widths = [rank + kept for rank, kept in zip(self.ranks[:3], self.kept)]
+        firsts = accumulate(widths[:2], initial=0)
+        return max(first % ALIGNED + width for first, width in zip(firsts, widths))
+
+    @property
+    def out_width(self) -> int:
+        """The rank columns of o, which a program of "close" holds."""
+        return self.ranks[3] + self.kept[3]
+
+    @property
+    def head(self) -> int:
+        """The columns of a head that a program of "attend" holds."""
+        return head_columns(self.head_dim, self.rotary)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes as a table stores them."""
+        sizes = {"in": self.in_features, "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        sizes |= {"out": self.out_features, "ranks": self.ranks, "kept": self.kept}
+        return sizes | {"rotary": self.rotary, "length": self.length}
+
+    @property
+    def text(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        ranks, kept = (", ".join(map(str, sizes)) for sizes in (self.ranks, self.kept))
+        turned = " rotary" if self.rotary else ""
+        return (
+            f"{self.in_features}->{heads}x{self.head_dim}->{self.out_features} ranks {ranks} kept {kept}{turned}"
+            f" length {self.length}"
+        )
+
+    def distance(self, other: AttentionShape) -> float:
+        """The largest factor between two sizes of the shapes, as a logarithm."""
+        mine, theirs = (
+            (
+                shape.in_features,
+                shape.heads,
+                shape.kv_heads,
+                shape.out_features,
+                shape.length,
+                *(n + 1 for n in (*shape.ranks, *shape.kept)),
+            )
+            for shape in (self, other)
+        )
+        return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
+
+
+AnyShape = Shape | FfnShape | AttentionShape
 
 
 @dataclass(frozen=True)
@@ -138,6 +216,7 @@ class Rule:
         op: the operator. Default: "lowrank_sparse_linear".
         kept: whether there are kept columns ("lowrank_sparse_linear" only).
         max_width: the most rank columns, see the shapes' ``width``.
+        max_length: the longest sequence ("lowrank_attention" only).
         archs: compute capabilities times ten.
         dtypes: names.
         rows: [first, last] row counts, last of None: no end.
@@ -149,6 +228,7 @@ class Rule:
     op: str = LINEAR
     kept: bool | None = None
     max_width: int | None = None
+    max_length: int | None = None
     archs: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     rows: tuple[int, int | None] = (0, None)
@@ -159,6 +239,7 @@ class Rule:
             and (shape.direction == self.direction or (shape.direction, self.direction) == ("training", "forward"))
             and (self.kept is None or self.kept == (shape.kept > 0))
             and (self.max_width is None or shape.width <= self.max_width)
+            and (self.max_length is None or shape.length <= self.max_length)
             and (self.archs is None or arch in self.archs)
             and (self.dtypes is None or shape.dtype in self.dtypes)
         )
@@ -260,6 +341,10 @@ def _plans(plans: Iterable[list]) -> tuple[Plan, ...]:
 
 def _shape(entry: dict[str, Any]) -> AnyShape:
     head = entry["op"], entry["direction"], entry["dtype"]
+    if entry["op"] == ATTENTION:
+        sizes = (int(entry[key]) for key in ("in", "heads", "kv_heads", "head_dim", "out"))
+        ranks, kept = ((int(q), int(k), int(v), int(o)) for q, k, v, o in (entry["ranks"], entry["kept"]))
+        return AttentionShape(*head, *sizes, ranks, kept, bool(entry["rotary"]), int(entry["length"]))
     if entry["op"] != FFN:
         return Shape(*head, *(int(entry[key]) for key in ("in", "out", "rank", "kept")))
     sizes = (int(entry[key]) for key in ("in", "hidden", "out"))

@@ -1,6 +1,7 @@
 """Measure which way lowrank_sparse_linear runs fastest on this GPU, and write the table that dispatch reads.
 
-What is common to operators is here too; :mod:`.tune_lowrank_ffn` measures lowrank_ffn.
+What is common to operators is here too; :mod:`.tune_lowrank_ffn` measures lowrank_ffn, :mod:`.tune_lowrank_attention`
+lowrank_attention.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def tune_linear(
         sizes = (shape.in_features, shape.out_features, shape.rank, shape.kept)
         return rank_plans(make_problem(count, *sizes, dtype), shape.direction, gpu, graph_times)
 
-    return measure(found, rows, ranked, gpu, budget_s, output, report)
+    return measure(itertools.product(found, rows), ranked, gpu, budget_s, output, report)
 
 
 def this_gpu() -> dispatch.Gpu:
@@ -263,19 +264,18 @@ def checked_directions(directions: Sequence[str]) -> Sequence[str]:
 
 
 def measure(
-    shapes: Iterable[AnyShape],
-    rows: Sequence[int],
+    cells: Iterable[tuple[AnyShape, int]],
     ranked: Callable[[AnyShape, int], tuple[Plan, ...]],
     gpu: dispatch.Gpu,
     budget_s: float | None,
     output: Path | None,
     report: Callable[[str], None],
 ) -> Path:
-    """Add what ``ranked`` finds for every shape and row count to the table, which is written after each of them."""
+    """Add what ``ranked`` finds for each shape and row count to the table, which is written after each of them."""
     path = Path(output) if output is not None else dispatch.user_table(gpu.name)
     entries = _known(path, gpu)
     started = time.monotonic()
-    for shape, count in itertools.product(list(shapes), rows):
+    for shape, count in cells:
         if budget_s is not None and time.monotonic() - started > budget_s:
             report(f"stopped after {budget_s:.0f} s, before {shape.direction} {shape.text} {count} rows")
             return path

@@ -123,7 +123,7 @@ def tune_ffn(
     def ranked(shape: FfnShape, count: int) -> tuple[Plan, ...]:
         return rank_ffn_plans(make_ffn_problem(count, shape, dtype), shape.direction, gpu, graph_times)
 
-    return measure(found, rows, ranked, gpu, budget_s, output, report)
+    return measure(itertools.product(found, rows), ranked, gpu, budget_s, output, report)
 
 
 def checked_sizes(sizes: Sizes) -> Sizes:

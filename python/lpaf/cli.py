@@ -220,7 +220,7 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 
 def add_tune_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="compressed model whose layers are measured")
+    parser.add_argument("--model", metavar="DIR", help="compressed model whose layers and blocks are measured")
     parser.add_argument(
         "--shape",
         type=_shape,

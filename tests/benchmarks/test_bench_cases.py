@@ -46,6 +46,16 @@ def test_the_core_cells_are_about_sixty_and_hold_training_steps():
     assert {1, 16, 512, 65536} <= {case.rows for case in cases}
 
 
+def test_the_core_blocks_are_bert_base_in_a_few_cells():
+    cases = select(["core-blocks"], "bfloat16")
+    assert len(cases) == 17
+    assert {case.op: case.hidden for case in cases} == {"ffn": 768, "attention": 768, "encoder": 768}
+    assert {(case.rank, case.batch, case.length) for case in cases if case.rank in (96, 192)} == {
+        (96, 16, 4096),
+        (192, 16, 4096),
+    }
+
+
 @pytest.mark.parametrize("name", CASE_SETS)
 def test_names_are_unique(name):
     cases = CASE_SETS[name]("float32")

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import run
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, tune_cases
+from benchmarks.cases import select
 from benchmarks.environment import measure_ceilings
 from benchmarks.rows import read_rows
 
@@ -105,6 +107,32 @@ def test_without_a_gpu_cuda_is_refused(monkeypatch, capsys):
     assert "--device cuda" in capsys.readouterr().err
     assert main(["tune"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_tuning_measures_layers_and_blocks_an_encoder_s_too(monkeypatch, tmp_path, capsys):
+    from lpaf_kernels import tuning
+
+    calls = {}
+
+    def fake(name):
+        return lambda shapes, **options: calls.setdefault(name, (shapes, options))[1]["output"]
+
+    for name in ("tune_linear", "tune_ffn", "tune_attention"):
+        monkeypatch.setattr(tuning, name, fake(name))
+    cases = select(["core-blocks"], "bfloat16", only="r80-")
+    tune_cases(cases, torch.bfloat16, 60.0, tmp_path / "table")
+    assert set(calls) == {"tune_ffn", "tune_attention"}
+    shapes, options = calls["tune_attention"]
+    assert shapes == [(768, 12, 12, 64, 768, (80, 80, 80, 80), (0, 0, 0, 0), False)]
+    assert options["batches"] == [(1, 128), (32, 128), (128, 128)]
+    assert 0 < options["budget_s"] <= 60
+    shapes, options = calls["tune_ffn"]
+    assert shapes == [(768, 3072, 768, (80, 80), (0, 0), 0)]
+    assert options["rows"] == [128, 4096, 16384]
+    tune_cases(select(["core"], "bfloat16", only="768x768"), torch.bfloat16, 60.0, None)
+    shapes, options = calls["tune_linear"]
+    assert shapes == [(768, 768, 41, 38), (768, 768, 130, 0)]
+    assert "1 attention blocks at 1 x 128, 32 x 128, 128 x 128" in capsys.readouterr().out
 
 
 def test_the_cpu_benchmarks_run_under_pytest_benchmark(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.__main__ import main
 from benchmarks.gpu_check import Step, copy_results, dry_steps, gpu_steps, run_step, run_steps
+from benchmarks.providers import PROVIDERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,11 +95,12 @@ def test_the_steps_of_both_kinds(tmp_path):
         "native build",
         "GPU tests",
         "core cells",
-        "tuning of their shapes",
+        "block cells",
+        "tuning of the core shapes",
         "a copy of the table",
         "core cells with the new table",
     ]
-    assert len(dry_steps(tmp_path, skip_build=False)) == 7
+    assert len(dry_steps(tmp_path, skip_build=False)) == 8
     for steps in (gpu_steps(tmp_path, tmp_path, skip_build=True), dry_steps(tmp_path, skip_build=True)):
         assert "native build" not in [item.name for item in steps]
 
@@ -111,6 +113,25 @@ def test_no_step_reaches_for_the_network_or_stops_at_the_first_failure(tmp_path)
         assert not {"pip", "-x", "--exitfirst"} & set(words)
     core = next(item for item in steps if item.name == "core cells").command(100.0)
     assert core[-2:] == ("--budget", "85")
+
+
+def test_block_cells_have_rows_and_providers_of_their_own(tmp_path):
+    steps = gpu_steps(tmp_path / "core.jsonl", tmp_path / "table", True)
+    blocks = next(item for item in steps if item.name == "block cells")
+    words = blocks.command(blocks.limit)
+    assert words[words.index("--output") + 1] == str(tmp_path / "core-blocks.jsonl")
+    assert set(words[words.index("--providers") + 1].split(",")) <= set(PROVIDERS)
+    assert words[-2:] == ("--budget", "75")
+
+
+@pytest.mark.parametrize("build", [20.0, 60.0, 120.0])
+def test_every_step_is_begun_within_the_budget(build, tmp_path):
+    """Though every step but the build takes all of the time that it is given."""
+    left = 540.0
+    for item in gpu_steps(tmp_path, tmp_path, skip_build=False):
+        assert left >= item.least, item.name
+        quick = {"environment": 10.0, "native build": build, "a copy of the table": 3.0}
+        left -= quick.get(item.name, min(item.limit, left * item.share))
 
 
 def test_the_dry_run_takes_the_exit_status_from_its_steps(monkeypatch, capfd):
@@ -166,6 +187,14 @@ def test_core_cases_are_built(capsys):
     out = capsys.readouterr().out
     assert "core cases run on the meta device" in out
     assert "train ours: passed" in out
+
+
+def test_block_cases_are_built(capsys):
+    assert gpu_check.build_block_cases() == 0
+    out = capsys.readouterr().out
+    for op in ("ffn", "attention", "encoder"):
+        assert f"{op}-768x" in out
+    assert "-r260-b1x16-bfloat16 ours: passed" in out
 
 
 def test_the_environment_is_reported(capfd):

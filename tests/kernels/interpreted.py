@@ -545,6 +545,42 @@ def _check_close(seed: int) -> None:
     check_accurate(close(x, out, launch, residual, norm), *references)
 
 
+def check_lowrank_attention_plan(seed: int) -> None:
+    """The operator's forward as the plan "block" makes it, from arguments as the operator gets them."""
+    from lpaf_kernels.ops.lowrank_attention import chain as layers
+    from lpaf_kernels.tuning import AttentionShape, Plan
+    from lpaf_kernels.tuning import lowrank_attention as plans
+    from lpaf_kernels.tuning.tune import double
+    from lpaf_kernels.tuning.tune_lowrank_attention import make_attention_problem
+
+    torch.manual_seed(seed)
+    # Of o's columns no launch of "close" holds 81 of 4 bytes.
+    ranks, norm = (12, 9, 20, 75 if seed == 3 else 17), ("none", "layer", "rms", "layer")[seed % 4]
+    shape = AttentionShape(
+        "lowrank_attention", "forward", "float32", 24, 2, 1 + seed % 2, 32, 33, ranks, (5, 0, 3, 6), seed % 2 == 1, 9
+    )
+    problem = make_attention_problem(2, shape, torch.float32, "cpu")
+    x, weight, bias = problem.x, *torch.randn(2, 33)
+    problem = problem._replace(x=x.transpose(0, 1).contiguous().transpose(0, 1), residual=torch.randn(2, 9, 33))
+    if norm != "none":
+        problem = problem._replace(norm=norm, eps=1e-5, norm_weight=weight, norm_bias=bias if norm == "layer" else None)
+    if seed == 0:
+        problem = problem._replace(attn_mask=(torch.rand(2, 1, 1, 9) < 0.7).expand(2, 2, 9, 9))
+    elif seed == 1:  # angles of each sequence's own, additive numbers
+        cos, sin = torch.rand(2, 2, 9, 32)
+        problem = problem._replace(cos=cos, sin=sin, attn_mask=torch.randn(1, 2, 9, 9).expand(2, 2, 9, 9))
+    elif seed == 2:
+        bounds = torch.tensor([0, 7, 7, 18])
+        residual = problem.residual.flatten(0, 1)
+        problem = problem._replace(
+            x=x.flatten(0, 1), residual=residual, cu_seqlens=bounds, max_seqlen=None, is_causal=True
+        )
+    problem = problem.with_length()
+    actual = plans.forward(Plan("block"), problem.prepared(), 90)
+    references = (layers(*given).reshape(actual.shape) for given in (problem, double(problem)))
+    check_accurate(actual, *references)
+
+
 def is_interpreting() -> bool:
     import triton
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lpaf_kernels import Norm, lowrank_attention
+from lpaf_kernels import Norm, lowrank_attention, packed_lowrank_sparse_linear
 from lpaf_kernels.ops import lowrank_attention as op
 from lpaf_kernels.ops.lowrank_attention import lowrank_attention_reference
 
@@ -54,6 +54,9 @@ CASES = [
     Case((0,), 8, (2, 2), 4, lengths=()),
     Case((1, 1), 1, (1, 1), 1, (1, 1, 1, 1)),
     Case((2, 5), 8, (2, 2), 4, (0, 0, 0, 0), (8, 3, 8, 2)),
+    # Ranks whose columns begin where one product for q, k and v serves.
+    Case((2, 5), 8, (2, 2), 4, (8, 16, 5, 2)),
+    Case((3, 7), 8, (4, 2), 6, (6, 16, 5, 3), (2, 0, 3, 2), biases=False, mask="padding", rotary="shared"),
     Case((2, 67), 48, (3, 3), 16, (20, 41, 17, 33), (0, 5, 0, 7), mask="padding"),
     Case((1, 150), 40, (2, 1), 32, (20, 41, 17, 33), mask="rows", rotary="shared"),
 ]
@@ -214,6 +217,24 @@ def test_forward_without_gradients(case, dtype, assert_accurate):
         with torch.no_grad():
             draws.append([run(lowrank_attention, tensors, rest), run(chain, tensors, rest), run(chain, wide, rest)])
     assert_accurate(*(torch.stack(same) for same in zip(*draws, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "chain", "layers"), [((8, 16, 5, 2), True, 1), ((8, 16, 5, 2), False, 4), ((8, 3, 5, 2), True, 4)]
+)
+def test_inference_reads_x_once_where_the_layers_take_torchs_products(ranks, chain, layers, monkeypatch):
+    tensors, rest = make(Case((2, 5), 8, (2, 2), 4, ranks), torch.float64)
+    monkeypatch.setattr(op, "prefers_chain", lambda *layer: chain)
+    calls = []
+
+    def linear(*layer):
+        calls.append(layer)
+        return packed_lowrank_sparse_linear(*layer)
+
+    monkeypatch.setattr(op, "packed_lowrank_sparse_linear", linear)
+    with torch.no_grad():
+        run(lowrank_attention, tensors, rest)
+    assert len(calls) == layers
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -12,8 +12,14 @@ import pytest
 import torch
 
 import interpreted
+from accuracy import check_accurate
+from lpaf_kernels import use_provider
 from lpaf_kernels.triton.launch import LAUNCHES, Launch, default_launch, head_columns
 from lpaf_kernels.triton.shipped import ATTENTION_ALL_CASES, ATTENTION_CORE_CASES, ATTENTION_KERNELS, faults
+from lpaf_kernels.tuning import AttentionShape
+from lpaf_kernels.tuning.lowrank_attention import Problem
+from lpaf_kernels.tuning.tune import double
+from lpaf_kernels.tuning.tune_lowrank_attention import make_attention_problem
 
 if TYPE_CHECKING:
     from lpaf_kernels.triton.lowrank_attention import Projection
@@ -55,12 +61,45 @@ def test_close_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_lowrank_attention_plan, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", [*SEEDS, *MORE_SEEDS])
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_lowrank_attention(seed, "cuda")
     interpreted.check_lowrank_attention_close(seed, "cuda")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rank", [20, 260, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_operator_on_a_gpu(dtype: torch.dtype, rank: int, rotary: bool) -> None:
+    """The operator end to end, by its kernels: a padding mask, residual and norm; o of 300 columns runs as a layer."""
+    ranks = (min(rank, 260), 41, 24, rank)
+    shape = AttentionShape("lowrank_attention", "forward", "", 96, 4, 2, 64, 96, ranks, (5, 0, 7, 3), rotary, 70)
+    problem = make_attention_problem(3, shape, dtype)._replace(norm="layer", eps=1e-5)
+    mask = torch.arange(70, device="cuda") < torch.tensor([70, 33, 1], device="cuda").view(3, 1, 1, 1)
+    problem = problem._replace(residual=torch.randn_like(problem.x), attn_mask=mask.expand(3, 4, 70, 70))
+    problem = problem._replace(norm_weight=torch.randn_like(problem.x[0, 0]))
+
+    def run(problem: Problem) -> list[torch.Tensor]:
+        wanted = [t.requires_grad_() for t in problem[:16] if torch.is_tensor(t) and t.is_floating_point()]
+        y = torch.ops.lpaf_kernels.lowrank_attention(*problem)
+        return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+    with use_provider("chain"):
+        chained, exact = run(problem), run(double(problem))
+    with use_provider("block"):
+        for results in zip(run(problem), chained, exact, strict=True):
+            check_accurate(*results)
 
 
 @pytest.mark.parametrize(("kernel", "seeds"), [("attend", SEEDS), ("close", CLOSE_SEEDS)])

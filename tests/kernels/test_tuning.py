@@ -144,10 +144,10 @@ def test_default_table_serves_every_gpu(write, direction: str, kept: int, arch: 
 def test_broken_kernels_warn_once_and_the_chain_serves(write) -> None:
     write({SHAPE: {16: (ONE, CHAIN)}})
     with pytest.warns(UserWarning, match=r"one_kernel .* failed and is not used again: no C compiler"):
-        dispatch.report_broken(ONE, RuntimeError("no C compiler\nmore"))
+        dispatch.report_broken(SHAPE.op, ONE, RuntimeError("no C compiler\nmore"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.report_broken(ONE, RuntimeError("no C compiler"))
+        dispatch.report_broken(SHAPE.op, ONE, RuntimeError("no C compiler"))
     assert dispatch.choose(SHAPE, 16, GPU) == CHAIN
 
 

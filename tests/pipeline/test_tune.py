@@ -12,11 +12,13 @@ from transformers import AutoModelForSequenceClassification
 from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate import tune as tune_module
-from lpaf.evaluate.tune import layer_shapes, tune
+from lpaf.evaluate.tune import block_shapes, layer_shapes, tune
 from lpaf.models.checkpoint import load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
 from lpaf_kernels import swap_linears
-from tiny import write_model
+from lpaf_kernels.tuning.tune_lowrank_attention import checked_sizes as checked_attention
+from lpaf_kernels.tuning.tune_lowrank_ffn import checked_sizes as checked_ffn
+from tiny import build, write_model
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +36,20 @@ def compressed(tmp_path_factory) -> tuple[Path, set]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """What would be measured, on a machine that seems to have a GPU."""
+    """What would be measured, on a machine that seems to have a GPU: (function, shapes, options)."""
     found: list[tuple] = []
 
-    def tune_linear(shapes, **options):
-        found.append((shapes, options))
-        return Path("table.json")
+    def record(name):
+        def measure(shapes, **options):
+            found.append((name, shapes, options))
+            return Path("table.json")
+
+        return measure
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune_module, "missing", lambda: None)
-    monkeypatch.setattr(tune_module, "tune_linear", tune_linear)
+    for name in ("tune_linear", "tune_ffn", "tune_attention"):
+        monkeypatch.setattr(tune_module, name, record(name))
     return found
 
 
@@ -54,23 +60,49 @@ def test_shapes_of_a_directory(compressed):
     assert len(found) == len(expected) > 1
 
 
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_blocks_of_a_directory(model_type, tmp_path):
+    model = build(model_type)
+    swap_linears(model, rank=4, keep=0.25, names=list(encoder_linears(model)))
+    source = write_model(tmp_path / "dense")
+    save_compressed(model, load_tokenizer(str(source)), tmp_path / "compressed", "svd")
+    ffn, attention = block_shapes(str(tmp_path / "compressed"))
+    assert ffn == [(32, 48, 32, (4, 4), (12, 8), 0)]
+    assert attention == [(32, 2, 2, 16, 32, (4, 4, 4, 4), (8, 8, 8, 8), False)]
+    assert [checked_ffn(sizes) for sizes in ffn] == ffn
+    assert [checked_attention(sizes) for sizes in attention] == attention
+
+
+def test_a_model_without_known_blocks_has_no_shapes_of_them(tmp_path, calls):
+    model = build("albert")
+    swap_linears(model, rank=4, names=list(encoder_linears(model)))
+    source = write_model(tmp_path / "dense")
+    save_compressed(model, load_tokenizer(str(source)), tmp_path / "compressed", "svd")
+    tune(model=str(tmp_path / "compressed"))
+    assert [name for name, *_ in calls] == ["tune_linear"]
+
+
 def test_a_directory_and_further_shapes(compressed, calls, capsys):
     directory, expected = compressed
     arguments = ["tune", "--model", str(directory), "--shape", "768,3072,80", "--shape", "768,3072,80,307"]
     assert main([*arguments, "--rows", "128,16,128", "--for", "inference", "--budget", "30", "--output", "t.json"]) == 0
-    ((shapes, options),) = calls
+    (name, shapes, options), *blocks = calls
+    assert [name, *(name for name, *_ in blocks)] == ["tune_linear", "tune_ffn", "tune_attention"]
     assert set(shapes) == expected | {(768, 3072, 80, 0), (768, 3072, 80, 307)}
     assert options["rows"] == [16, 128]
     assert options["directions"] == ("forward",)
     assert options["dtype"] == torch.bfloat16
-    assert options["budget_s"] == 30
-    assert options["output"] == Path("t.json")
+    assert all(29 < options["budget_s"] <= 30 for *_, options in calls)
+    assert all(options["output"] == Path("t.json") for *_, options in calls)
+    assert blocks[0][2]["directions"] == ("forward",)
+    assert blocks[0][2]["rows"] == [16, 128]
+    assert blocks[1][2]["batches"] == [(1, 128)]
     assert "table.json" in capsys.readouterr().out
 
 
 def test_training_measures_both_directions(calls):
     tune(shapes=[(768, 768, 0, 4)])
-    assert calls[0][1]["directions"] == ("forward", "backward")
+    assert calls[0][2]["directions"] == ("forward", "backward")
 
 
 @pytest.mark.parametrize(
