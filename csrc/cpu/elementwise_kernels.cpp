@@ -66,8 +66,10 @@ inline Vector gelu(Vector x) {
     tail = tail * t + 0.0442520306f;
     tail = tail * t + 0.117476001f;
     tail = tail * t * exponential(-0.5f * size * size);
-    // x Phi(x): -|x| Q for negative x, and x - x Q for positive.
-    return select(x < 0.0f, x * tail, x - x * tail);
+    // x Phi(x): -|x| Q for negative x, and x - |x| Q for positive. Beyond 20 Q is 0, and infinity times it
+    // would be NaN.
+    const Vector lost = select(size > 20.0f, splat(20.0f), size) * tail;
+    return select(x < 0.0f, -lost, x - lost);
 }
 
 template <Activation A>

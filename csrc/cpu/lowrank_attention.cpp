@@ -27,7 +27,13 @@ namespace {
 constexpr int64_t kBlockRows = 128;
 // Scores at a time, which stay in the second-level cache beside K and V.
 constexpr int64_t kScores = 1 << 16;
-constexpr int64_t kTileRows = 12;
+constexpr int64_t kTileRows = 12, kMostQueries = 10 * kTileRows;
+
+// Queries at a time. It follows from the sequence's own length, and with it, where attention is causal, how
+// many keys a sum has.
+int64_t query_block(int64_t length) {
+    return std::clamp(kScores / length / kTileRows * kTileRows, kTileRows, kMostQueries);
+}
 
 struct Sequence {
     int64_t begin, length;  // in tokens
@@ -133,24 +139,24 @@ void project_tokens(const Attention& attention, const Sequence& sequence, int64_
     }
 }
 
-// Memory for one head of one sequence.
+// Memory for one head of a sequence of at most `longest` tokens.
 struct HeadRoom {
-    int64_t block, pitch;  // queries at a time, and the row length of their scores
+    int64_t pitch;  // row length of the scores
     std::unique_ptr<float[]> own;
     float *panel, *keys, *values, *rows, *queries, *scores, *mask;
 
-    HeadRoom(int64_t length, int64_t head_dim) {
-        block = std::clamp(kScores / length / kTileRows * kTileRows, kTileRows, 10 * kTileRows);
-        pitch = padded(length);
-        const int64_t head = length * head_dim, query = block * head_dim;
-        own = scratch(kSumDepth * kSumWidth + 3 * head + query + block * pitch + length);
+    HeadRoom(int64_t longest, int64_t head_dim) : pitch(padded(longest)) {
+        const int64_t head = longest * head_dim, query = kMostQueries * head_dim;
+        // Short sequences have the most queries at a time.
+        const int64_t most = std::max(kTileRows * pitch, std::min(kMostQueries * pitch, 2 * kScores));
+        own = scratch(kSumDepth * kSumWidth + 3 * head + query + most + longest);
         panel = own.get();
         keys = panel + kSumDepth * kSumWidth;
         values = keys + head;
         rows = values + head;
         queries = rows + head;
         scores = queries + query;
-        mask = scores + block * pitch;
+        mask = scores + most;
     }
 };
 
@@ -197,7 +203,7 @@ void attend(const Attention& attention, int64_t index, int64_t head, int64_t beg
     const ElementwiseKernels& single = elementwise_kernels();
     const Sequence& sequence = attention.sequences[index];
     const int64_t head_dim = attention.head_dim, size = end - begin, first = sequence.begin + begin;
-    const int64_t keys = attention.causal ? end : sequence.length;
+    const int64_t keys = attention.causal ? end : sequence.length, pitch = padded(sequence.length);
     build_head(attention.q, {to.q[first], to.q.stride}, size, head, head_dim, room.panel, room.queries);
     if (attention.rotary) {
         for (int64_t row = 0; row < size; ++row) {
@@ -205,12 +211,12 @@ void attend(const Attention& attention, int64_t index, int64_t head, int64_t beg
         }
     }
     const LowRankSparseLayer keys_as_weights{0, head_dim, sequence.length, nullptr, room.keys, nullptr, {}};
-    products.expand(keys_as_weights, {room.queries, head_dim}, size, 0, keys, {room.scores, room.pitch},
+    products.expand(keys_as_weights, {room.queries, head_dim}, size, 0, keys, {room.scores, pitch},
                     room.panel);
     const float* bias = nullptr;
-    float sums[10 * kTileRows];
+    float sums[kMostQueries];
     for (int64_t row = 0; row < size; ++row) {
-        float* scores = room.scores + row * room.pitch;
+        float* scores = room.scores + row * pitch;
         if (attention.mask && (row == 0 || !attention.mask->same_for_all_queries())) {
             bias = attention.mask->row(index, head, begin + row, keys, room.mask);
         }
@@ -220,22 +226,27 @@ void attend(const Attention& attention, int64_t index, int64_t head, int64_t beg
     }
     const LowRankSparseLayer values_as_weights{0, keys, head_dim, nullptr, room.values, nullptr, {}};
     const Rows<float> context = {to.context[first] + head * head_dim, to.context.stride};
-    products.expand(values_as_weights, {room.scores, room.pitch}, size, 0, head_dim, context, room.panel);
+    products.expand(values_as_weights, {room.scores, pitch}, size, 0, head_dim, context, room.panel);
     for (int64_t row = 0; row < size; ++row) {
         single.multiply(sums[row] == 0.0f ? 0.0f : 1.0f / sums[row], context[row], head_dim);
     }
 }
 
-// All query heads of one key head for some queries of one sequence.
-void attend_group(const Attention& attention, int64_t index, int64_t kv_head, int64_t begin, int64_t end,
+// All query heads of one key head for part `part` of `parts` of a sequence's queries.
+void attend_group(const Attention& attention, int64_t index, int64_t kv_head, int64_t part, int64_t parts,
                   const Intermediates& to, const HeadRoom& room) {
     const Sequence& sequence = attention.sequences[index];
+    // In whole blocks, so that the parts do not change them.
+    const int64_t block = query_block(sequence.length), blocks = ceil_div(sequence.length, block);
+    const int64_t begin = blocks * part / parts * block;
+    const int64_t end = std::min(blocks * (part + 1) / parts * block, sequence.length);
+    if (begin >= end) return;
     build_keys(attention, sequence, kv_head, to, room);
     build_head(attention.v, {to.v[sequence.begin], to.v.stride}, sequence.length, kv_head, attention.head_dim,
                room.panel, room.values);
     for (int64_t head = kv_head * attention.group(); head < (kv_head + 1) * attention.group(); ++head) {
-        for (int64_t query = begin; query < end; query += room.block) {
-            attend(attention, index, head, query, std::min(query + room.block, end), to, room);
+        for (int64_t query = begin; query < end; query += block) {
+            attend(attention, index, head, query, std::min(query + block, end), to, room);
         }
     }
 }
@@ -294,14 +305,14 @@ void forward(const Attention& attention) {
     for (const Sequence& sequence : sequences) longest = std::max(longest, sequence.length);
     // Where heads are fewer than threads, several share the queries of one and each builds its keys.
     const int64_t pairs = static_cast<int64_t>(sequences.size()) * kv_heads;
-    const int64_t parts = std::clamp<int64_t>(ceil_div(threads, pairs), 1, ceil_div(longest, kBlockRows));
+    const int64_t parts =
+        std::clamp<int64_t>(ceil_div(threads, pairs), 1, ceil_div(longest, query_block(longest)));
     const int64_t work = longest * head_dim * (q.rank + k.rank + v.rank + 2 * longest);
     share_out(pairs * parts, 1, work, [&](int64_t begin, int64_t end) {
         const HeadRoom room(longest, head_dim);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t pair = i / parts, part = i % parts, length = sequences[pair / kv_heads].length;
-            attend_group(attention, pair / kv_heads, pair % kv_heads, length * part / parts,
-                         length * (part + 1) / parts, to, room);
+            const int64_t pair = i / parts;
+            attend_group(attention, pair / kv_heads, pair % kv_heads, i % parts, parts, to, room);
         }
     });
     const int64_t blocks = std::min(tokens, ceil_div(ceil_div(tokens, kBlockRows), threads) * threads);
@@ -352,6 +363,8 @@ class Packed {
     Packed(const char* op, const Tensor& down, const std::optional<Tensor>& bias)
         : op_(op), down_(as_contiguous(down)), bias_(bias) {
         check_matrix(op, "down_qkv", down_);
+        if (bias_ && bias_->dim() != 1)
+            invalid(op, ": bias_qkv has shape ", shape_of(*bias_), ", expected one dimension");
         if (bias_) bias_ = as_contiguous(*bias_);
     }
 
@@ -412,7 +425,8 @@ Tensor lowrank_attention_forward(
     const Arguments v = packed.next(dtype, up_v, kept_v);
     packed.check_used_up();
     if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0) {
-        invalid(op, ": num_heads is ", num_heads, ", num_kv_heads ", num_kv_heads);
+        invalid(op, ": num_heads is ", num_heads, ", num_kv_heads ", num_kv_heads,
+                ", expected at least 1 and the latter a divisor of the former");
     }
     const int64_t head_dim = q.layer.out / num_heads;
     if (x.size(-1) != q.layer.in || q.layer.out != num_heads * head_dim ||

@@ -30,7 +30,7 @@ struct FeedForward {
     const Ending& ending;
 
     // Hidden neurons at a time: what one pass of the second layer's projection reads.
-    int64_t chunk() const { return lowrank_sparse_kernels().pass_depth(first.out); }
+    int64_t chunk() const { return std::max<int64_t>(1, lowrank_sparse_kernels().pass_depth(first.out)); }
 
     // Floats of all intermediates of one row, and that `forward_block` takes to work in.
     int64_t row_room() const {

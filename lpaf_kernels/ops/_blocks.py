@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._checks import check_device, check_floating, check_shape
 from .lowrank_sparse_linear import check_kept_type
@@ -117,9 +118,29 @@ def check_layer(
     return up.shape[1]
 
 
+def unchecked_norm(norm: Norm | None) -> tuple[str, Tensor | None, Tensor | None, float]:
+    """Its parts for a kernel that checks the tensors itself; raises where :func:`check_norm` would find more."""
+    if norm is None:
+        return "none", None, None, 0.0
+    kind, weight, bias, eps = norm
+    if kind not in NORMS or (kind == "rms" and bias is not None) or not eps >= 0:
+        raise ValueError
+    return kind, weight, bias, eps
+
+
+def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
+    """Raise if a tensor carries a forward-mode derivative, which the operators would lose."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{name}: has no forward-mode derivative")
+
+
 def check_norm(norm: Norm | None, size: int, x: Tensor) -> tuple[str, Tensor | None, Tensor | None, float]:
     if norm is None:
         return "none", None, None, 0.0
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm: expected a Norm, got {type(norm).__name__}")
     kind, weight, bias, eps = norm
     if kind not in NORMS:
         raise ValueError(f"norm.kind: expected layer or rms, got {kind!r}")

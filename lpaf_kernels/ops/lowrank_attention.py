@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ..triton.launch import ALIGNED, pitch
@@ -23,7 +26,9 @@ from ._blocks import (
     check_seed,
     normalise,
     reference_norm,
+    refuse_forward_ad,
     seeded,
+    unchecked_norm,
 )
 from ._checks import check_device, check_floating, check_shape
 from .lowrank_sparse_linear import (
@@ -70,10 +75,10 @@ def lowrank_attention(
 ) -> Tensor:
     """norm(dropout(O(softmax(scale Q(x) K(x)^T + mask) V(x))) + residual) with low-rank layers Q, K, V and O.
 
-    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32 or
-    bfloat16, without gradients, Q, K,
-    V and the probabilities exist for one head of one sequence at a time. With gradients only the arguments are kept
-    for the backward, which computes the block again.
+    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32 or bfloat16, without
+    gradients, Q, K, V and the probabilities exist for one head of one sequence at a time, on a GPU for one tile of it
+    where the tables prefer that. With gradients only the arguments are kept for the backward, which computes the block
+    again.
 
     Args:
         x: [..., length, in], sequences of one length, or with ``cu_seqlens`` [tokens, in]. float32, float16, bfloat16
@@ -125,6 +130,8 @@ def lowrank_attention(
     check_dropout("dropout_p", dropout_p)
     check_dropout("attention_dropout_p", attention_dropout_p)
     check_seed(seed)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {is_causal!r}")
     check_residual(residual, x, out, "the columns of up_o")
     _check_sequences(x, cu_seqlens, max_seqlen, attn_mask)
     cos, sin = _check_rotary(rotary, x, head_dim)
@@ -134,15 +141,16 @@ def lowrank_attention(
         kind, weight, bias = "none", None, None
     shape = (*x.shape[:-1], out)
     if cu_seqlens is None:
-        x = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+        x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
         attn_mask = _check_mask(attn_mask, x, num_heads)
     projections = (x, down_qkv, up_q, kept[0], up_k, kept[1], up_v, kept[2], bias_qkv)
     output = (down_o, up_o, kept[3], bias_o)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    sequences = (attn_mask, cu_seqlens, cos, sin, max_seqlen, *heads, bool(is_causal), scale)
+    sequences = (attn_mask, cu_seqlens, cos, sin, max_seqlen, *heads, is_causal, scale)
+    refuse_forward_ad("lowrank_attention", *projections, *output, residual, weight, bias, attn_mask, cos, sin)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (attn_mask, cos, sin))
     if not (dropout_p > 0 or attention_dropout_p > 0 or learns):
-        rows = None if residual is None else residual.reshape(*x.shape[:-1], out)
+        rows = None if residual is None else residual.reshape((*x.shape[:-1], out))
         return torch.ops.lpaf_kernels.lowrank_attention(
             *projections, *output, rows, weight, bias, *sequences, kind, eps
         ).view(shape)
@@ -235,7 +243,9 @@ def _without_checks(
     if not _HAS_NATIVE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     try:
-        kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
+        kind, weight, bias, eps = unchecked_norm(norm)
+        if type(num_heads) is not int or type(is_causal) is not bool:
+            return None
         kept_q, kept_k, kept_v, kept_o = kept
         if x.dim() != 3 or x.dtype not in NATIVE_DTYPES or not x.is_cpu:
             return None
@@ -268,7 +278,7 @@ def _check_heads(num_heads: int, num_kv_heads: int | None) -> tuple[int, int]:
 
 
 def _check_kept(kept: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if isinstance(kept, Tensor) or len(kept) != 4:
+    if not isinstance(kept, (tuple, list)) or len(kept) != 4:
         raise ValueError("kept: expected four entries (those of q, k, v and o), each None or positions")
     for positions in kept:
         if positions is not None:
@@ -313,6 +323,8 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | Non
         if max_seqlen is not None:
             raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen!r}")
         return
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
+        raise TypeError(f"max_seqlen: expected an integer or None, got {max_seqlen!r}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {kind}")
@@ -338,13 +350,16 @@ def _check_mask(mask: Tensor | None, x: Tensor, num_heads: int) -> Tensor | None
         return None
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, x.dtype):
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"attn_mask: expected bool, float32 or {x.dtype} (that of x), got {kind}")
+        own = "" if x.dtype == torch.float32 else f" or {x.dtype} (that of x)"
+        raise TypeError(f"attn_mask: expected bool or float32{own}, got {kind}")
     check_device("attn_mask", mask, x)
     batch, length, _ = x.shape
     shape = (batch, num_heads, length, length)
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(sizes) > 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, shape, strict=True)):
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}")
+    if mask.dtype == torch.bfloat16 and mask.device.type == "cpu":
+        mask = mask.float()  # as the native kernel takes it: after the expansion this would be a copy for every head
     return mask.expand(shape)
 
 
@@ -354,8 +369,8 @@ def _check_rotary(
     """cos and sin as [length or tokens, head_dim] or [batch, length, head_dim], in the dtype of x."""
     if rotary is None:
         return None, None
-    if isinstance(rotary, Tensor) or len(rotary) != 2:
-        raise ValueError(f"rotary: expected (cos, sin), got {type(rotary).__name__} of length {len(rotary)}")
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise ValueError(f"rotary: expected (cos, sin), got {type(rotary).__name__}")
     if head_dim % 2:
         raise ValueError(f"rotary: expected None for heads of odd size {head_dim}")
     shared, own = (x.shape[-2], head_dim), (*x.shape[:-1], head_dim)
@@ -367,7 +382,7 @@ def _check_rotary(
             raise ValueError(f"rotary {name}: expected shape {expected}, got {list(table.shape)}")
     cos, sin = (table.to(x.dtype) for table in rotary)
     if cos.shape == sin.shape == own and x.dim() > 2:
-        return cos.reshape(-1, *shared), sin.reshape(-1, *shared)
+        return cos.flatten(0, -3), sin.flatten(0, -3)
     if {cos.dim(), sin.dim()} == {2, 3} and own in (tuple(cos.shape), tuple(sin.shape)) and x.dim() > 2:
         raise ValueError(f"rotary: expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")
     return cos.reshape(shared), sin.reshape(shared)
@@ -428,18 +443,31 @@ def _attend(
         position = torch.arange(x.shape[0], device=x.device) - cu_seqlens[sequence]
         q, k, v = (_pad(heads, sequence, position, lengths.shape[0], max_seqlen) for heads in (q, k, v))
         attn_mask = (torch.arange(max_seqlen, device=x.device) < lengths[:, None])[:, None, None]
+    if attn_mask is not None:
+        attn_mask = _unexpanded(attn_mask)
     if is_causal and attn_mask is not None:
         earlier = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=x.device).tril()
         forbids = attn_mask.dtype == torch.bool
         attn_mask = attn_mask & earlier if forbids else attn_mask.masked_fill(~earlier, -torch.inf)
         is_causal = False
-    context = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask, dropout_p, is_causal,
-        scale=scale, enable_gqa=num_heads != num_kv_heads,
-    ).transpose(1, 2)  # fmt: skip
+    # torch's fused backward on the CPU forgets the sum of a row whose scores are all about the lowest float.
+    exact = attn_mask is not None and attn_mask.is_floating_point() and torch.is_grad_enabled() and x.is_cpu
+    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+        context = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask, dropout_p, is_causal,
+            scale=scale, enable_gqa=num_heads != num_kv_heads,
+        ).transpose(1, 2)  # fmt: skip
     if cu_seqlens is not None:
         context = context[sequence, position]
     return context.reshape(*x.shape[:-1], num_heads * head_dim)
+
+
+def _unexpanded(mask: Tensor) -> Tensor:
+    """The mask with one entry along batch and heads where all are the same memory."""
+    for dim in (0, 1):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _pad(heads: Tensor, sequence: Tensor, position: Tensor, sequences: int, longest: int) -> Tensor:
@@ -473,27 +501,27 @@ def _lowrank_attention_cuda(*arguments):
     return chain(*problem) if y is None else y
 
 
-def _lowrank_attention_cpu(x, *arguments):
+def _lowrank_attention_cpu(*arguments):
     """The native kernel where there is one and it takes this dtype."""
-    if not _HAS_NATIVE or x.dtype not in NATIVE_DTYPES:
-        return chain(x, *arguments)
-    arguments = list(arguments)
-    for index in _TABLES:
-        table = arguments[index - 1]
-        if table is not None and table.dtype == torch.bfloat16:
-            arguments[index - 1] = table.float()
-    return _native_forward(x, *arguments)
+    problem = plans.Problem(*arguments)
+    if not _HAS_NATIVE or problem.x.dtype not in NATIVE_DTYPES:
+        return chain(*problem)
+    tables = {name: getattr(problem, name) for name in ("attn_mask", "cos", "sin")}
+    wide = {name: table.float() for name, table in tables.items() if _is_bfloat16(table)}
+    return _native_forward(*problem._replace(**wide))
+
+
+def _is_bfloat16(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.bfloat16
 
 
 def _lowrank_attention_fake(x, down_qkv, up_q, kept_q, up_k, kept_k, up_v, kept_v, bias_qkv, down_o, up_o, *_):
     return x.new_empty((*x.shape[:-1], up_o.shape[1]))
 
 
-# Positions in the schema: the floating arguments that have gradients, the mask, it and the rotary tables, and the first
-# that is no tensor.
+# Positions in the schema: the floating arguments that have gradients, the mask, and the first that is no tensor.
 _FLOATING = (0, 1, 2, 4, 6, 8, 9, 10, 12, 13, 14, 15)
 _MASK = 16
-_TABLES = (16, 18, 19)
 _OPTIONS = 20
 
 
@@ -502,6 +530,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = inputs[_OPTIONS:]
 
 
+@once_differentiable
 def _backward(ctx, grad):
     """The block again, recorded, and its gradients: every layer and torch's attention bring their own."""
     tensors = list(ctx.saved_tensors)

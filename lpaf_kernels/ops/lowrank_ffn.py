@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ..tuning import lowrank_ffn as plans
@@ -18,7 +19,9 @@ from ._blocks import (
     check_seed,
     normalise,
     reference_norm,
+    refuse_forward_ad,
     seeded,
+    unchecked_norm,
 )
 from ._checks import check_floating
 from .lowrank_sparse_linear import ACTIVATIONS, is_eager, kernels, lowrank_sparse_linear_reference
@@ -90,6 +93,8 @@ def lowrank_ffn(
     out = check_layer(x, hidden, "2", down2, up2, kept2, bias2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if gate is not None and (not isinstance(gate, tuple) or len(gate) != 3):
+        raise ValueError(f"gate: expected (down, up, bias), got {type(gate).__name__}")
     down_gate, up_gate, bias_gate = gate if gate is not None else (None, None, None)
     if gate is not None and check_layer(x, x.shape[-1], "_gate", down_gate, up_gate, None, bias_gate) != hidden:
         raise ValueError(f"up_gate: expected {hidden} columns (those of up1), got {up_gate.shape[1]}")
@@ -105,6 +110,7 @@ def lowrank_ffn(
         x, down1, up1, kept1, bias1, down2, up2, kept2, bias2, down_gate, up_gate, bias_gate,
         None if apart else residual, None if apart else weight, None if apart else bias,
     )  # fmt: skip
+    refuse_forward_ad("lowrank_ffn", *tensors, residual, weight, bias)
     training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     y = torch.ops.lpaf_kernels.lowrank_ffn(*tensors, activation, "none" if apart else kind, eps, training)
     if not apart:
@@ -160,7 +166,7 @@ def _without_checks(
     if not _HAS_NATIVE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     try:
-        kind, weight, bias, eps = ("none", None, None, 0.0) if norm is None else norm
+        kind, weight, bias, eps = unchecked_norm(norm)
         if x.dtype not in NATIVE_DTYPES or not x.is_cpu:
             return None
         if not is_eager(x, *first, *second, residual, weight, bias):
@@ -294,6 +300,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = (activation, norm, eps)
 
 
+@once_differentiable
 def _backward(ctx, grad):
     needs = [ctx.needs_input_grad[index] for index in _FLOATING]
     kind = grad.device.type
