@@ -70,10 +70,10 @@ def lowrank_attention(
 ) -> Tensor:
     """norm(dropout(O(softmax(scale Q(x) K(x)^T + mask) V(x))) + residual) with low-rank layers Q, K, V and O.
 
-    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32 or
-    bfloat16, without gradients, Q, K,
-    V and the probabilities exist for one head of one sequence at a time. With gradients only the arguments are kept
-    for the backward, which computes the block again.
+    With ``norm_first`` the normalisation is that of the input instead. On the CPU in float32 or bfloat16, without
+    gradients, Q, K, V and the probabilities exist for one head of one sequence at a time, on a GPU for one tile of it
+    where the tables prefer that. With gradients only the arguments are kept for the backward, which computes the block
+    again.
 
     Args:
         x: [..., length, in], sequences of one length, or with ``cu_seqlens`` [tokens, in]. float32, float16, bfloat16
