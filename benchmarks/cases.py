@@ -268,7 +268,8 @@ class AttentionCase(BlockCase):
         return 4 * _weight(self.hidden, self.hidden, self.rank, form)
 
     def vectors(self) -> int:
-        return 4 * self.hidden + 2 * self.hidden
+        biases, norm = 4 * self.hidden, 2 * self.hidden
+        return biases + norm
 
     def flops(self, form: Form = "factors") -> int:
         """Those of the weights, the scores and the probabilities' product with V."""
@@ -536,7 +537,12 @@ def select(
             raise InputError(f"--cases {name}: expected one of {', '.join(CASE_SETS)}")
         for case in CASE_SETS[name](dtype):
             found |= dict.fromkeys([case] if direction is None else _with_direction(case, direction))
+    if not found:
+        raise InputError(f"--direction {direction}: no case of {', '.join(names)} has it")
     cases = [case for case in found if only is None or only in str(case)]
     if not cases:
         raise InputError(f"--only {only}: no case of {', '.join(names)} has this in its name")
-    return cases[slice_[0] - 1 :: slice_[1]]
+    first, count = slice_
+    if first > len(cases):
+        raise InputError(f"--slice {first}/{count}: there are {len(cases)} cases")
+    return cases[first - 1 :: count]

@@ -32,7 +32,7 @@ def input_sets(case: Case, device: torch.device) -> int:
 
 
 class Problem:
-    """Tensors of a case on a device: what both kinds of case share."""
+    """Tensors of a case on a device: what all kinds of case share."""
 
     def __init__(self, case: Case, device: torch.device, sets: int | None = None) -> None:
         self.case = case

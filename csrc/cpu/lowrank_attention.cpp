@@ -1,6 +1,7 @@
-// lpaf_kernels::lowrank_attention_forward for CPU tensors in float32: a whole self-attention block. The
-// narrow z of Q, K and V is all that is kept of the projections; Q, K, V and the scores of one head of one
-// sequence are made from it, used and overwritten, so that they never leave the second-level cache.
+// lpaf_kernels::lowrank_attention_forward for CPU tensors in float32 or bfloat16: a whole self-attention
+// block, in float32 inside. The narrow z of Q, K and V is all that is kept of the projections; Q, K, V and
+// the scores of one head of one sequence are made from it, used and overwritten, so that they never leave the
+// second-level cache.
 //
 // Three steps, each shared out among the threads: z (by tokens), the heads (by sequence and key head) and O
 // with residual and norm (by tokens).

@@ -103,9 +103,9 @@ def _fused_names(model: nn.Module) -> list[str]:
 
 
 def _key(cls: type) -> str:
-    """ "modeling_bert.BertLayer" and the like; a fused class has its original's."""
+    """The module and name of a class; a fused class has its original's."""
     cls = getattr(cls, "_original", cls)
-    return f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _fuse_layer(layer: nn.Module, family: Family) -> None:
@@ -304,7 +304,7 @@ def _plain_containers(modules: Iterable[nn.Module], family: Family) -> bool:
 def _stock(module: nn.Module, family: Family) -> bool:
     """Whether the class of ``module`` is from the file of the layer's: another one's forward may do anything."""
     cls = getattr(type(module), "_original", type(module))
-    return cls.__module__.rpartition(".")[2] == family.layer.partition(".")[0]
+    return cls.__module__ == family.layer.rpartition(".")[0]
 
 
 def _plain(norm: nn.Module, dropouts: Iterable[nn.Module]) -> bool:
@@ -328,8 +328,10 @@ def _unhooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
     ):
         return False
-    hooks = module._forward_hooks
-    return not hooks or all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks.values())
+    return all(
+        getattr(hook, "__name__", "") == "output_capturing_hook" and hook.__module__.startswith("transformers.")
+        for hook in module._forward_hooks.values()
+    )
 
 
 class _Fused:
@@ -475,16 +477,16 @@ _DEBERTA = functools.partial(Family, form=_FusedDebertaLayer, feed_forward=_BERT
 LAYERS = {
     family.layer: family
     for family in (
-        _BERT("modeling_bert.BertLayer"),
-        _BERT("modeling_roberta.RobertaLayer"),
-        _BERT("modeling_xlm_roberta.XLMRobertaLayer"),
-        _BERT("modeling_camembert.CamembertLayer"),
-        _BERT("modeling_electra.ElectraLayer"),
-        _BERT("modeling_ernie.ErnieLayer"),
-        _DEBERTA("modeling_deberta.DebertaLayer"),
-        _DEBERTA("modeling_deberta_v2.DebertaV2Layer"),
+        _BERT("transformers.models.bert.modeling_bert.BertLayer"),
+        _BERT("transformers.models.roberta.modeling_roberta.RobertaLayer"),
+        _BERT("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer"),
+        _BERT("transformers.models.camembert.modeling_camembert.CamembertLayer"),
+        _BERT("transformers.models.electra.modeling_electra.ElectraLayer"),
+        _BERT("transformers.models.ernie.modeling_ernie.ErnieLayer"),
+        _DEBERTA("transformers.models.deberta.modeling_deberta.DebertaLayer"),
+        _DEBERTA("transformers.models.deberta_v2.modeling_deberta_v2.DebertaV2Layer"),
         Family(
-            "modeling_distilbert.TransformerBlock",
+            "transformers.models.distilbert.modeling_distilbert.TransformerBlock",
             form=_FusedDistilBertLayer,
             attention=AttentionPaths(
                 q="attention.q_lin",

@@ -50,13 +50,14 @@ class GraphRunner:
     def __init__(self, model: nn.Module, lengths: Iterable[int] = (32, 64, 128, 256, 512), batch: int = 1) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+        if not lengths or not all(type(length) is int and length >= 1 for length in lengths):
+            raise ValueError(f"lengths: expected whole numbers of at least 1, got {lengths}")
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch: expected a whole number of at least 1, got {batch!r}")
         self.model = model
         self.lengths = sorted(set(lengths))
         self.batch = batch
-        if not self.lengths or self.lengths[0] < 1:
-            raise ValueError(f"lengths: expected numbers of at least 1, got {self.lengths}")
-        if batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {batch}")
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
 
     @torch.no_grad()
@@ -71,6 +72,9 @@ class GraphRunner:
         Raises:
             ValueError: a shape that does not fit.
         """
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            given = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids: expected shape [rows, length], got {given}")
         rows, length = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         named = {"input_ids": input_ids, "attention_mask": mask, **inputs}

@@ -81,7 +81,7 @@ def lowrank_ffn(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or name.
     """
-    if gate is None and not (norm_first or dropout_p) and activation in ACTIVATIONS:
+    if gate is None and seed is None and not (norm_first or dropout_p) and activation in ACTIVATIONS:
         first, second = (down1, up1, kept1, bias1), (down2, up2, kept2, bias2)
         y = _without_checks(x, first, second, residual, norm, activation)
         if y is not None:

@@ -169,6 +169,10 @@ def test_bad_slices_are_refused(text):
 
 
 def test_an_unknown_set_and_an_empty_selection_are_refused():
+    with pytest.raises(InputError, match=r"--direction forward\+backward: no case of encoder has it"):
+        select(["encoder"], "float32", "forward+backward")
+    with pytest.raises(InputError, match="--slice 7/7: there are 6 cases"):
+        select(["cpu-encoder"], "float32", slice_=(7, 7))
     with pytest.raises(InputError, match="--cases nightly"):
         select(["nightly"], "float32")
     with pytest.raises(InputError, match="--only nothing"):

@@ -52,6 +52,8 @@ CASES = [
     Case((0, 5), 8, (2, 2), 4),
     Case((2, 0), 8, (2, 2), 4),
     Case((0,), 8, (2, 2), 4, lengths=()),
+    Case((0,), 8, (2, 2), 4),
+    Case((2, 3, 0), 8, (2, 2), 4, rotary="own"),
     Case((1, 1), 1, (1, 1), 1, (1, 1, 1, 1)),
     Case((2, 5), 8, (2, 2), 4, (0, 0, 0, 0), (8, 3, 8, 2)),
     # Ranks whose columns begin where one product for q, k and v serves.
@@ -246,6 +248,36 @@ def test_reference(case):
     if len(case.lead) == 3 and rest["attn_mask"] is not None:
         rest["attn_mask"] = rest["attn_mask"].view(-1, 1, 1, case.lead[-1])
     torch.testing.assert_close(run(lowrank_attention, tensors, rest), expected)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
+def test_gradients_of_a_row_whose_scores_are_all_about_the_lowest(lowest):
+    """As transformers masks a sequence that is all padding."""
+    tensors, rest = make(Case((2, 7), 8, (2, 2), 4))
+    rest["attn_mask"] = torch.zeros(2, 1, 1, 7)
+    rest["attn_mask"][1] = lowest
+    grad = torch.randn(2, 7, 8)
+    actual = differentiate(lowrank_attention, tensors, rest, grad, torch.float32)
+    expected = differentiate(reference, tensors, rest, grad, torch.float32)
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_no_second_derivative_is_made_up():
+    tensors, rest = make(CASES[0])
+    y = run(lowrank_attention, tensors, rest)
+    (d_x,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d_x.sum().backward()
+
+
+def test_no_forward_derivative_is_made_up():
+    tensors, rest = make(CASES[0])
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    with pytest.raises(NotImplementedError, match="lowrank_attention: has no forward-mode derivative"):
+        torch.func.jvp(lambda x: run(lowrank_attention, plain | {"x": x}, rest), (plain["x"],), (plain["x"],))
+    with torch.autograd.forward_ad.dual_level():
+        assert run(lowrank_attention, plain, rest).shape == (2, 5, 8)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -458,9 +490,11 @@ def test_checkpointing():
 
 @pytest.mark.skipif(not op._HAS_NATIVE, reason="_ops_cpu.so was not built")
 @pytest.mark.parametrize("length", [1, 2, 60, 61, 150, 700])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_native_sequences_do_not_depend_on_their_neighbours(length, threads):
-    tensors, rest = make(Case((4, length), 48, (2, 1), 16, (20, 41, 17, 33), (0, 5, 0, 7), mask="padding"))
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_native_sequences_do_not_depend_on_their_neighbours(length, threads, is_causal):
+    case = Case((4, length), 48, (2, 1), 16, (20, 41, 17, 33), (0, 5, 0, 7), mask="padding", is_causal=is_causal)
+    tensors, rest = make(case)
     rest["attn_mask"][2] = True
 
     def block(at: slice) -> Tensor:
@@ -513,6 +547,13 @@ def test_nan_and_infinity_stay_in_their_sequence():
         ({"up_k": torch.ones(4)}, ValueError, "up_k: expected two dimensions"),
         ({"bias_o": torch.ones(7)}, ValueError, r"bias_o: expected shape \[8\]"),
         ({"down_o": torch.ones(2, 8).double()}, TypeError, "down_o, up_o, bias_o: expected dtype torch.float32"),
+        ({"bias_qkv": torch.ones(1, 24)}, ValueError, r"bias_qkv: expected shape \[24\]"),
+        ({"num_heads": True}, ValueError, "num_heads: expected a whole number of at least 1, got True"),
+        ({"is_causal": "no"}, TypeError, "is_causal: expected a bool, got 'no'"),
+        ({"kept": None}, ValueError, "kept: expected four entries"),
+        ({"norm": nn.LayerNorm(8)}, TypeError, "norm: expected a Norm, got LayerNorm"),
+        ({"norm": Norm("rms", torch.ones(8), torch.ones(8))}, ValueError, "norm.bias: expected None for rms"),
+        ({"norm": Norm("layer", torch.ones(8), None, -5.0)}, ValueError, "norm.eps: expected at least 0"),
         ({"num_heads": 0}, ValueError, "num_heads: expected a whole number of at least 1, got 0"),
         ({"num_heads": 4, "num_kv_heads": 3}, ValueError, r"num_kv_heads: expected a divisor of 4 \(num_heads\)"),
         ({"num_heads": 3, "num_kv_heads": 3}, ValueError, r"up_q: expected 3 heads of 2 columns"),
@@ -520,7 +561,7 @@ def test_nan_and_infinity_stay_in_their_sequence():
         ({"kept": (None, None)}, ValueError, "kept: expected four entries"),
         ({"kept": (torch.ones(1), None, None, None)}, TypeError, "kept: expected int32 or int64"),
         ({"attn_mask": torch.ones(3, 1, 1, 5) > 0}, ValueError, r"broadcasts to \[2, 2, 5, 5\], got \[3, 1, 1, 5\]"),
-        ({"attn_mask": torch.ones(5, 5).int()}, TypeError, "attn_mask: expected bool, float32 or torch.float32"),
+        ({"attn_mask": torch.ones(5, 5).int()}, TypeError, "attn_mask: expected bool or float32, got torch.int32"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"x: expected shape \[tokens, in\] with cu_seqlens"),
         ({"rotary": (torch.ones(5, 4), torch.ones(4, 4))}, ValueError, r"rotary sin: expected shape \[5, 4\]"),
         ({"rotary": torch.ones(5, 4)}, ValueError, "rotary: expected"),

@@ -23,6 +23,7 @@ CASES = [
     ((4,), 7, 11, 6, (0, 2), (0, 1), 3, True, False, "layer"),
     ((), 7, 11, 6, (3, 11), (2, 1), 0, True, True, "layer"),
     ((0,), 7, 11, 6, (3, 2), (2, 1), 2, True, True, "layer"),
+    ((4,), 7, 0, 6, (3, 0), (2, 1), 0, True, True, "layer"),
     ((1,), 1, 1, 1, (1, 1), (1, 0), 1, True, True, "none"),
     ((133,), 65, 260, 130, (41, 13), (20, 7), 0, True, True, "layer"),
     ((67,), 65, 130, 65, (41, 0), (131, 0), 33, True, True, "rms"),
@@ -37,7 +38,7 @@ def make(lead, d_in, hidden, d_out, first, second, gate, biases, residual, norm,
 
     tensors = {"x": draw(*lead, d_in)}
     for suffix, inputs, outputs, (rank, kept) in (("1", d_in, hidden, first), ("2", hidden, d_out, second)):
-        tensors[f"down{suffix}"] = draw(rank + kept, inputs, scale=inputs**-0.5)
+        tensors[f"down{suffix}"] = draw(rank + kept, inputs, scale=max(inputs, 1) ** -0.5)
         tensors[f"up{suffix}"] = draw(rank, outputs, scale=max(rank, 1) ** -0.5)
         if biases:
             tensors[f"bias{suffix}"] = draw(outputs)
@@ -192,6 +193,25 @@ def test_dropout_zeroes_before_the_residual():
     torch.testing.assert_close(y.mean(-1), torch.zeros(400), rtol=0, atol=1e-5)
 
 
+def test_a_seed_fixes_the_dropout():
+    tensors, kept, _ = make(*CASES[0])
+    layers = [tensors[name] for name in ("x", "down1", "up1", "bias1", "down2", "up2", "bias2")]
+    first = lowrank_ffn(*layers, dropout_p=0.5, seed=3, **kept)
+    assert torch.equal(lowrank_ffn(*layers, dropout_p=0.5, seed=3, **kept), first)
+    assert not torch.equal(lowrank_ffn(*layers, dropout_p=0.5, seed=4, **kept), first)
+
+
+def test_no_second_or_forward_derivative_is_made_up():
+    tensors, kept, norm = make(*CASES[0])
+    y = run(lowrank_ffn, tensors, kept, norm, "gelu")
+    (d_x,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d_x.sum().backward()
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    with pytest.raises(NotImplementedError, match="lowrank_ffn: has no forward-mode derivative"):
+        torch.func.jvp(lambda x: run(lowrank_ffn, plain | {"x": x}, kept, norm, "gelu"), (plain["x"],), (plain["x"],))
+
+
 def test_non_contiguous_arguments():
     tensors, kept, norm = make(*CASES[2])
     expected = run(lowrank_ffn, tensors, kept, norm, "gelu")
@@ -308,6 +328,10 @@ def test_native_activations_over_their_whole_range(activation):
     scale = x.double().abs().clamp_min(1e-30)
     error, allowed = (y.double() - exact).abs() / scale, (torchs - exact).abs() / scale
     assert y.isfinite().all()
+    infinity = torch.tensor([[torch.inf]])
+    with torch.no_grad():
+        y = lowrank_ffn(infinity, one, one, None, one, one, None, activation=activation)
+    assert torch.equal(y, act(activation, infinity))
     assert error.max() <= 2 * allowed.max() + torch.finfo(torch.float32).eps
 
 
@@ -329,6 +353,10 @@ def test_native_activations_over_their_whole_range(activation):
         ({"norm": Norm("rms", torch.ones(6), torch.ones(6))}, ValueError, "norm.bias: expected None for rms"),
         ({"norm": Norm("layer", torch.ones(5))}, ValueError, r"norm.weight: expected shape \[6\]"),
         ({"norm": Norm("layer", torch.ones(6), None, -1.0)}, ValueError, "norm.eps: expected at least 0"),
+        ({"norm": nn.LayerNorm(6)}, TypeError, "norm: expected a Norm, got LayerNorm"),
+        ({"residual": torch.ones(5, 6).double()}, TypeError, "residual: expected dtype torch.float32"),
+        ({"gate": (torch.ones(2, 7),)}, ValueError, r"gate: expected \(down, up, bias\)"),
+        ({"seed": 1.5}, TypeError, "seed: expected an integer or None, got 1.5"),
         ({"residual": torch.ones(5, 6, device="meta")}, ValueError, "residual: expected device cpu"),
     ],
 )

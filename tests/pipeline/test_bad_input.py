@@ -352,6 +352,12 @@ def test_python_raises_value_error_with_the_same_text(tiny_options):
         (["bench", "--model", "/no/such/dir"], ("--model /no/such/dir",)),
         (["bench", "--model", "m", "--batch", "eight"], ("--batch", "eight")),
         (["bench", "--model", "m", "--batch", "0"], ("--batch", "at least 1")),
+        (["bench", "--model", "m", "--rounds", "1"], ("--rounds 1", "at least 2")),
+        (["evaluate", "--model", "m", "--task", "sst2", "--batch-size", "0"], ("--batch-size 0", "at least 1")),
+        (
+            ["evaluate", "--model", "m", "--task", "sst2", "--predictions", "/no/such/dir/rows.jsonl"],
+            ("--predictions /no/such/dir/rows.jsonl", "folder does not exist"),
+        ),
         (["inspect", "--model", "/no/such/dir"], ("/no/such/dir",)),
         (["squash"], ("squash",)),
         ([], ("COMMAND",)),

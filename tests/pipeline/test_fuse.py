@@ -246,6 +246,16 @@ def unfuse_copy(model: nn.Module) -> nn.Module:
     return plain
 
 
+def test_a_file_of_the_same_name_is_not_transformers():
+    """Checkpoints with code of their own bring a modeling_bert.py whose forward may do anything."""
+    model = small()
+    for layer in model.bert.encoder.layer:
+        own = type("BertLayer", (type(layer),), {"__module__": "transformers_modules.mine.modeling_bert"})
+        layer.__class__ = own
+    with pytest.raises(ValueError, match="expected encoder layers"):
+        fuse(model)
+
+
 def test_feed_forward_goes_back_too(count):
     model = small()
     fuse(model)

@@ -48,9 +48,9 @@ def bench(
     Raises:
         InputError: bad model, device, mode or size.
     """
-    for name, value in (("--rounds", rounds), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value}: must be at least 1")
+    for name, value, least in (("--rounds", rounds, 2), ("--threads", threads, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} {value}: must be at least {least}")
     for mode in modes:
         if mode not in MODES:
             raise InputError(f"--mode {mode}: expected {', '.join(MODES)}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data import check_labels, load_task, tokenize
+from ..errors import InputError
 from ..models.checkpoint import load_classifier, load_tokenizer
 from ..models.device import resolve_device
 from .metrics import compute_metrics
@@ -39,6 +40,10 @@ def evaluate_directory(
     Raises:
         InputError: bad input, labels outside the model's classes among it.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: must be at least 1")
+    if predictions and not Path(predictions).resolve().parent.is_dir():
+        raise InputError(f"--predictions {predictions}: its folder does not exist")
     data = load_task(task, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
     target = resolve_device(device)
     classifier = load_classifier(model, fuse=fuse)
