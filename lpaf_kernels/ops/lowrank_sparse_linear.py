@@ -266,7 +266,7 @@ def _lowrank_sparse_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """One GEMM reads x once for u and s; the second starts from the bias; S joins at its columns: y and z."""
     rank, out_features = up.shape
-    z = F.linear(x if x.dim() == 2 else x.reshape(-1, down.shape[1]), down)
+    z = F.linear(x if x.dim() == 2 else x.reshape(_rows(x), down.shape[1]), down)
     low = z if kept is None else z[:, :rank]
     y = torch.mm(low, up) if bias is None else torch.addmm(bias, low, up)
     if kept is not None:
@@ -334,9 +334,9 @@ def _lowrank_sparse_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if activation != "none":
         grad = _activation_grad(grad, saved, activation)
-    grad = grad.reshape(-1, up.shape[1])
+    grad = grad.reshape(_rows(grad), up.shape[1])
     if needs[2] and not plans.saves_z(*down.shape):
-        z = F.linear(x.reshape(-1, x.shape[-1]), down[: up.shape[0]])
+        z = F.linear(x.reshape(_rows(x), x.shape[-1]), down[: up.shape[0]])
     native = _HAS_NATIVE and x.dtype in _NATIVE_DTYPES and x.is_cpu
     gradients = _native_gradients if native else _lowrank_sparse_linear_gradients
     return gradients(grad, x, down, up, kept, z, *needs)
@@ -367,7 +367,7 @@ def _lowrank_sparse_linear_gradients(
         if needs_x:
             d_x = (d_z @ down).view(x.shape)
         if needs_down:
-            d_down = d_z.t() @ x.reshape(-1, down.shape[1])
+            d_down = d_z.t() @ x.reshape(_rows(x), down.shape[1])
     if needs_up:
         d_up = z[:, :rank].t() @ grad
     if needs_bias:

@@ -73,9 +73,9 @@ def test_bad_input():
         runner(ids(3, 5))
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \[1, 5\]"):
         runner(ids(1, 5), torch.ones(1, 4))
-    with pytest.raises(ValueError, match="lengths: expected numbers of at least 1, got"):
+    with pytest.raises(ValueError, match="lengths: expected whole numbers of at least 1, got"):
         GraphRunner(model, lengths=())
-    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch: expected a whole number of at least 1, got 0"):
         GraphRunner(model, batch=0)
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         GraphRunner(3)
