@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from ._checks import check_device, check_floating, check_shape
 from .lowrank_sparse_linear import check_kept_type
 
+aten = torch.ops.aten
+
 NORMS = ("layer", "rms")
 # What csrc/cpu computes as whole blocks (in float32 inside).
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -40,6 +42,21 @@ def normalise(y: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, 
     if kind == "layer":
         return F.layer_norm(y, (y.shape[-1],), weight, bias, eps)
     return F.rms_norm(y, (y.shape[-1],), weight, eps) if kind == "rms" else y
+
+
+def norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """d s, d weight and d bias of norm(s) weight + bias."""
+    if norm == "layer":
+        size = [s.shape[-1]]
+        _, mean, scale = aten.native_layer_norm(s, size, weight, None, eps)
+        return aten.native_layer_norm_backward(grad, s, size, mean, scale, weight, weight, [True, True, True])
+    wide = torch.promote_types(s.dtype, torch.float32)
+    g, s, w = grad.to(wide), s.to(wide), weight.to(wide)
+    scale = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    normal, weighted = s * scale, g * w
+    d_s = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * scale
+    d_weight = (g * normal).reshape(-1, w.shape[0]).sum(0)
+    return d_s.to(grad.dtype), d_weight.to(weight.dtype), weight.new_empty(0)
 
 
 def reference_norm(y: Tensor, norm: Norm | None) -> Tensor:

@@ -17,6 +17,7 @@ from ._blocks import (
     check_norm,
     check_residual,
     check_seed,
+    norm_backward,
     normalise,
     reference_norm,
     refuse_forward_ad,
@@ -25,8 +26,6 @@ from ._blocks import (
 )
 from ._checks import check_floating
 from .lowrank_sparse_linear import ACTIVATIONS, is_eager, kernels, lowrank_sparse_linear_reference
-
-aten = torch.ops.aten
 
 # csrc/cpu/lowrank_ffn.cpp, without autograd.
 _HAS_NATIVE = has_kernel("lowrank_ffn_forward", "CPU")
@@ -265,21 +264,6 @@ def _lowrank_ffn_backward_cuda(grad, *arguments):
     *arguments, needs = arguments
     found = plans.cuda_backward(grad, *arguments, needs=needs)
     return chain_backward(grad, *arguments, needs) if found is None else found
-
-
-def norm_backward(grad: Tensor, s: Tensor, weight: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """d s, d weight and d bias of norm(s) weight + bias."""
-    if norm == "layer":
-        size = [s.shape[-1]]
-        _, mean, scale = aten.native_layer_norm(s, size, weight, None, eps)
-        return aten.native_layer_norm_backward(grad, s, size, mean, scale, weight, weight, [True, True, True])
-    wide = torch.promote_types(s.dtype, torch.float32)
-    g, s, w = grad.to(wide), s.to(wide), weight.to(wide)
-    scale = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-    normal, weighted = s * scale, g * w
-    d_s = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * scale
-    d_weight = (g * normal).reshape(-1, w.shape[0]).sum(0)
-    return d_s.to(grad.dtype), d_weight.to(weight.dtype), weight.new_empty(0)
 
 
 # The floating arguments, in the order of the schema: those that have gradients.

@@ -116,7 +116,7 @@ def backward(plan: Plan, problem: Problem, grad: Tensor, needs: Sequence[bool], 
 
     The forward is run again for z1, z2 and, where there is a norm, its input. What is not needed is an empty tensor.
     """
-    from ..ops.lowrank_ffn import norm_backward
+    from ..ops._blocks import norm_backward
     from ..triton import lowrank_ffn as kernels
 
     x, width = problem.x, problem.width
