@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,7 +141,7 @@ class LinearCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockCase:
+class BlockCase(ABC):
     """What the cases on whole blocks share: ``batch`` sequences of ``length`` tokens, forward only.
 
     Args:
@@ -190,13 +191,13 @@ class BlockCase:
     def __str__(self) -> str:
         return case_name(self.op, self.shape, self.dtype, self.direction)
 
+    @abstractmethod
     def weights(self, form: Form) -> int:
         """Entries of the weights: what every token is multiplied with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vectors(self) -> int:
         """Entries of the biases and of the norm."""
-        raise NotImplementedError
 
     def parameters(self, form: Form = "factors") -> int:
         """Entries of all of them."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lpaf_kernels
 from lpaf_kernels import LowRankSparseLinear
+from lpaf_kernels.nn.graphed import capture
 
 from . import exported
 from .cases import Case, Form
@@ -326,19 +327,16 @@ def _graphed(build: Callable[..., Runner]) -> Build:
 
     def captured(problem: Problem) -> Runner:
         runner = build(problem)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
+
+        def every_set() -> Any:
+            # Kept for the gate; the memory of the other results is used anew within the graph.
+            first = runner.call(0)
+            for index in range(1, problem.sets):
+                runner.call(index)
+            return first
+
         with runner.context():
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    runner.call(0)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                # Kept for the gate; the memory of the other results is used anew within the graph.
-                first = runner.call(0)
-                for index in range(1, problem.sets):
-                    runner.call(index)
+            graph, first = capture(every_set)
 
         def replay(_: int) -> Any:
             graph.replay()

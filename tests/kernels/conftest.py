@@ -5,13 +5,19 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import native
 import pytest
 import torch
 from torch import Tensor
 
+import interpreted
 from accuracy import check_accurate
+from lpaf_kernels.tuning import Gpu, dispatch
+from lpaf_kernels.tuning.table import to_json
+
+TEST_GPU = Gpu("NVIDIA Test GPU", 90, "3.6")
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +60,31 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[Callable]:
             patch.delenv("OMP_NUM_THREADS", raising=False)
             pool.submit(native.start_process).result()
         yield lambda function, seed: pool.submit(function, seed).result()
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable]:
+    """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            assert pool.submit(interpreted.is_interpreting).result()
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """write(entries, **meta) makes the user's table of TEST_GPU; the tables are read anew around each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dispatch.forget()
+
+    def write(entries: dict, **meta: str) -> Path:
+        path = dispatch.user_table(TEST_GPU.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(entries, {"gpu": TEST_GPU.name, "triton": "3.6", **meta}))
+        dispatch.forget()
+        return path
+
+    yield write
+    dispatch.forget()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,17 +26,6 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 SEEDS = range(40)
 MORE_SEEDS = range(40, 300)
 CLOSE_SEEDS = range(48)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Callable]:
-    """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            assert pool.submit(interpreted.is_interpreting).result()
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @needs_triton

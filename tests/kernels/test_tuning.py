@@ -13,30 +13,12 @@ from lpaf_kernels import LowRankSparseLinear, explain, use_provider
 from lpaf_kernels.triton.launch import LAUNCHES
 from lpaf_kernels.tuning import Gpu, Plan, Shape, Table, dispatch, tune, tune_linear
 from lpaf_kernels.tuning import lowrank_sparse_linear as plans
-from lpaf_kernels.tuning.table import to_json
 
 GPU = Gpu("NVIDIA Test GPU", 90, "3.6")
 SHAPE = Shape("lowrank_sparse_linear", "forward", "bfloat16", 768, 3072, 80, 38)
 ONE = Plan("one_kernel", ("one_kernel-16x64x64-w4-s3-p0-r144",), 2.0)
 CHAIN = Plan("chain", (), 3.0)
 DENSE = Plan("dense", (), 1.5)
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """write(entries, **meta) makes the user's table of GPU; the tables are read anew around each test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    dispatch.forget()
-
-    def write(entries: dict, **meta: str) -> Path:
-        path = dispatch.user_table(GPU.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(entries, {"gpu": GPU.name, "triton": "3.6", **meta}))
-        dispatch.forget()
-        return path
-
-    yield write
-    dispatch.forget()
 
 
 def test_user_table_lies_in_the_cache(write, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from lpaf_kernels.triton.launch import LAUNCHES
 from lpaf_kernels.tuning import AttentionShape, Gpu, Plan, Table, dispatch, tune_attention
 from lpaf_kernels.tuning import lowrank_attention as plans
 from lpaf_kernels.tuning import tune_lowrank_attention as tune
-from lpaf_kernels.tuning.table import to_json
 
 GPU = Gpu("NVIDIA Test GPU", 90, "3.6")
 RANKS = (80, 80, 80, 80)
@@ -26,23 +25,6 @@ BLOCK = Plan(
     "block", ("project-128x0x64-w8-s3-p1-r272", "attend-64x64x64-w4-s2-p1-r144", "close-16x64x64-w4-s2-p1-r144"), 2.0
 )
 CHAIN = Plan("chain", (), 3.0)
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """write(entries) makes the user's table of GPU; the tables are read anew around each test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    dispatch.forget()
-
-    def write(entries: dict) -> Path:
-        path = dispatch.user_table(GPU.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(entries, {"gpu": GPU.name, "triton": "3.6"}))
-        dispatch.forget()
-        return path
-
-    yield write
-    dispatch.forget()
 
 
 def choose(shape: AttentionShape, gpu: Gpu = GPU) -> str:

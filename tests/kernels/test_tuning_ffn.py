@@ -14,30 +14,12 @@ from lpaf_kernels.triton.launch import LAUNCHES
 from lpaf_kernels.tuning import FfnShape, Gpu, Plan, Shape, Table, dispatch, tune_ffn
 from lpaf_kernels.tuning import lowrank_ffn as plans
 from lpaf_kernels.tuning import tune_lowrank_ffn as tune
-from lpaf_kernels.tuning.table import to_json
 
 GPU = Gpu("NVIDIA Test GPU", 90, "3.6")
 SHAPE = FfnShape("lowrank_ffn", "forward", "bfloat16", 768, 3072, 768, (80, 80), (38, 0), 0)
 LINEAR = Shape("lowrank_sparse_linear", "forward", "bfloat16", 768, 3072, 80, 38)
 BLOCK = Plan("block", ("ffn-64x32x64-w4-s2-p0-r144",), 2.0)
 CHAIN = Plan("chain", (), 3.0)
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """write(entries) makes the user's table of GPU; the tables are read anew around each test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    dispatch.forget()
-
-    def write(entries: dict) -> Path:
-        path = dispatch.user_table(GPU.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(entries, {"gpu": GPU.name, "triton": "3.6"}))
-        dispatch.forget()
-        return path
-
-    yield write
-    dispatch.forget()
 
 
 def choose(shape: FfnShape, rows: int = 4096, gpu: Gpu = GPU) -> str:
