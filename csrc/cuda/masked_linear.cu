@@ -6,26 +6,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cuda/binding.h"
 #include "dtype_dispatch.h"
 #include "tensor_checks.h"
-
-// Weak: a torch built without CUDA does not have it, and this library may be built against such a torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace lpaf::cuda {
 namespace {
 
 constexpr const char* kOp = "masked_linear_weight";
-
-cudaStream_t current_stream(int32_t device_index) {
-    if (aoti_torch_get_current_cuda_stream == nullptr) {
-        throw std::runtime_error("masked_linear_weight: this torch was built without CUDA");
-    }
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
-    return static_cast<cudaStream_t>(stream);
-}
 
 template <class Function>
 auto dispatch(const char* name, ScalarType dtype, const Function& function) {
@@ -54,10 +42,8 @@ void run(const Tensor& weight, const Tensor& scores, const Tensor& value, const 
         static_cast<const Weight*>(weight.const_data_ptr()),
         static_cast<const Score*>(scores.const_data_ptr()), static_cast<const Value*>(value.const_data_ptr()),
         static_cast<const int64_t*>(tie_index.const_data_ptr()), weight.numel(),
-        static_cast<Out*>(out.mutable_data_ptr()), current_stream(weight.get_device_index()));
-    if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("masked_linear_weight: ") + cudaGetErrorString(error));
-    }
+        static_cast<Out*>(out.mutable_data_ptr()), current_stream(kOp, weight.get_device_index()));
+    check_launch(kOp, error);
 }
 
 Tensor masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index, ScalarType dtype) {
