@@ -21,7 +21,7 @@ from .ops.lowrank_attention import lowrank_attention
 from .ops.lowrank_ffn import lowrank_ffn
 from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
 from .ops.masked_linear import masked_linear
-from .ops.weighted_svd import weighted_svd
+from .ops.weighted_svd import weighted_singular_values, weighted_svd
 from .tuning.dispatch import explain, use_provider
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "swap_linears",
     "unfuse",
     "use_provider",
+    "weighted_singular_values",
     "weighted_svd",
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,25 +15,34 @@ from ._checks import check_device, check_floating, check_shape
 #: Row weights below this share of the largest are raised to it, so that weightless rows still choose among
 #: the directions that the others leave free.
 ROW_WEIGHT_FLOOR = 1e-6
+#: What a float32 solution may lose of the squared error, a tenth of what (1e-4 err) allows; and the least share of
+#: ||D W||_F^2 that must be left over for float32 to tell the directions apart.
+EXCESS = 2e-5
+LEAST_ERROR = 1e-4
 
 
 def weighted_svd(
-    weights: Tensor | Sequence[Tensor], rank: int, row_weights: Tensor | Sequence[Tensor] | None = None
+    weights: Tensor | Sequence[Tensor],
+    rank: int | Sequence[int],
+    row_weights: Tensor | Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
     """The A [n, k], B [k, m] that minimise ||D (W - A B)||_F with D = diag(row_weights): LPAF's
     sparsity-aware SVD.
 
     With D W = U S V^T truncated to k: A = D^-1 U S = W V and B = V^T. Rows of B are orthonormal, by falling
     singular value, and signed so that the entry of largest magnitude is positive. V comes from the
-    eigenvectors of the Gram matrix on the short side, in float64: with err* the optimum, err - err* <= 1e-4
-    err* + 10 eps_float32 ||D W||_F. A zero row of W gives an exactly zero row of A.
+    eigenvectors of the Gram matrix on the short side: in float32 first, again in float64 where the residual of
+    the eigenvectors cannot exclude that float32 lost something (and for float64 weights). With err* the
+    optimum, err - err* <= 1e-4 err* + 10 eps_float32 ||D W||_F. A zero row of W gives an exactly zero row of A.
+
+    On the CPU the matrices of a list or batch are shared out among torch's threads, one matrix per thread; on
+    other devices those of one shape and rank are solved as a batch (and the residual check waits for them).
 
     Args:
-        weights: W [n, m], a batch [..., n, m], or a list of [n, m] (equal shapes are solved as one batch);
-            float32, float16, bfloat16 or float64.
-        rank: k in 1..min(n, m).
-        row_weights: d >= 0, shape [..., n], or a list of [n]. Raised to at least ``ROW_WEIGHT_FLOOR`` times
-            the matrix's largest; all zero counts as all one. Default: all one.
+        weights: W [n, m], a batch [..., n, m], or a list of [n, m]; float32, float16, bfloat16 or float64.
+        rank: k in 1..min(n, m); for a list of matrices also one k per matrix.
+        row_weights: d >= 0, shape [..., n], or a list with one [n] (or None) per matrix. Raised to at least
+            ``ROW_WEIGHT_FLOOR`` times the matrix's largest; all zero counts as all one. Default: all one.
 
     Returns:
         (A, B) of the dtype of ``weights``, or two lists. Differentiable where the leading k singular values
@@ -42,35 +53,59 @@ def weighted_svd(
             values.
     """
     if isinstance(weights, Tensor):
-        _check("weights", weights, rank, "row_weights", row_weights)
+        _check("weights", weights, "row_weights", row_weights)
+        _check_rank("rank", rank, "weights", weights)
         return tuple(torch.ops.lpaf_kernels.weighted_svd(weights, rank, row_weights))
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights: expected a tensor or a list of tensors, got {type(weights).__name__}")
-    if len(weights) == 0:
-        raise ValueError("weights: expected at least one matrix, got an empty sequence")
-    if row_weights is not None and (isinstance(row_weights, Tensor) or len(row_weights) != len(weights)):
-        raise ValueError(f"row_weights: expected a list of {len(weights)} vectors (one per matrix)")
-    groups: dict[tuple, list[int]] = {}
-    for i, weight in enumerate(weights):
-        _check(
-            f"weights[{i}]",
-            weight,
-            rank,
-            f"row_weights[{i}]",
-            None if row_weights is None else row_weights[i],
-        )
-        if weight.dim() != 2:
-            raise ValueError(f"weights[{i}]: expected shape [n, m], got {list(weight.shape)}")
-        groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(i)
+    rows = _check_list(weights, row_weights)
+    ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank] * len(weights)
+    if len(ranks) != len(weights):
+        raise ValueError(f"rank: expected {len(weights)} ranks (one per matrix), got {len(ranks)}")
+    for i, (weight, k) in enumerate(zip(weights, ranks, strict=True)):
+        name = f"rank[{i}]" if isinstance(rank, (list, tuple)) else "rank"
+        _check_rank(name, k, f"weights[{i}]", weight)
+    operator = torch.ops.lpaf_kernels.weighted_svd
+    if not torch.compiler.is_compiling() and all(weight.device.type == "cpu" for weight in weights):
+        factors = _on_all_threads(operator, weights, ranks, rows)
+        return [a for a, _ in factors], [b for _, b in factors]
     a: list = [None] * len(weights)
     b: list = [None] * len(weights)
-    for members in groups.values():
-        batch = torch.stack([weights[i] for i in members])
-        rows = None if row_weights is None else torch.stack([row_weights[i] for i in members])
-        batch_a, batch_b = torch.ops.lpaf_kernels.weighted_svd(batch, rank, rows)
+    for members in _alike(weights, ranks, rows):
+        first = members[0]
+        batch_a, batch_b = operator(_stack(weights, members), ranks[first], _stack(rows, members))
         for j, i in enumerate(members):
             a[i], b[i] = batch_a[j], batch_b[j]
     return a, b
+
+
+def weighted_singular_values(
+    weights: Tensor | Sequence[Tensor], row_weights: Tensor | Sequence[Tensor | None] | None = None
+) -> Tensor | list[Tensor]:
+    """The singular values of D W, falling: what :func:`weighted_svd` leaves over at rank k is the root of the sum of
+    the squares from the k-th (from 0) on.
+
+    From the eigenvalues of the Gram matrix in float64: accurate to about 1e-8 of the largest. Not differentiated.
+
+    Args:
+        weights, row_weights: as for :func:`weighted_svd`.
+
+    Returns:
+        float64 [..., min(n, m)], or a list of them.
+
+    Raises:
+        TypeError, ValueError: as :func:`weighted_svd`.
+    """
+    if isinstance(weights, Tensor):
+        _check("weights", weights, "row_weights", row_weights)
+        return _singular_values(weights.detach(), row_weights)
+    rows = _check_list(weights, row_weights)
+    if all(weight.device.type == "cpu" for weight in weights):
+        return _on_all_threads(_singular_values, [weight.detach() for weight in weights], rows)
+    values: list = [None] * len(weights)
+    for members in _alike(weights, [0] * len(weights), rows):
+        batch = _singular_values(_stack(weights, members).detach(), _stack(rows, members))
+        for j, i in enumerate(members):
+            values[i] = batch[j]
+    return values
 
 
 def weighted_svd_reference(weight: Tensor, rank: int, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,19 +116,87 @@ def weighted_svd_reference(weight: Tensor, rank: int, row_weights: Tensor | None
     return a, vh[..., :rank, :]
 
 
-def _check(name: str, weight: Tensor, rank: int, rows_name: str, rows: Tensor | None) -> None:
+def _check(name: str, weight: Tensor, rows_name: str, rows: Tensor | None) -> None:
     check_floating(name, weight)
     if weight.dim() < 2:
         raise ValueError(f"{name}: expected shape [..., n, m], got {list(weight.shape)}")
-    if isinstance(rank, bool) or not isinstance(rank, (int, torch.SymInt)):
-        raise TypeError(f"rank: expected an integer, got {rank!r}")
-    shape = list(weight.shape)
-    if not 1 <= rank <= min(shape[-2:]):
-        raise ValueError(f"rank: expected 1 to {min(shape[-2:])} for {name} of shape {shape}, got {rank}")
     if rows is not None:
         check_floating(rows_name, rows)
         check_shape(rows_name, rows, *weight.shape[:-1], because=f"the rows of {name}")
         check_device(rows_name, rows, weight, name)
+
+
+def _check_rank(name: str, rank: int, weight_name: str, weight: Tensor) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {rank!r}")
+    shape = list(weight.shape)
+    if not 1 <= rank <= min(shape[-2:]):
+        raise ValueError(f"{name}: expected 1 to {min(shape[-2:])} for {weight_name} of shape {shape}, got {rank}")
+
+
+def _check_list(
+    weights: Sequence[Tensor], row_weights: Tensor | Sequence[Tensor | None] | None
+) -> Sequence[Tensor | None]:
+    """The row weights as a list."""
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights: expected a tensor or a list of tensors, got {type(weights).__name__}")
+    if len(weights) == 0:
+        raise ValueError("weights: expected at least one matrix, got an empty sequence")
+    if row_weights is not None and (isinstance(row_weights, Tensor) or len(row_weights) != len(weights)):
+        raise ValueError(f"row_weights: expected a list of {len(weights)} vectors (one per matrix)")
+    rows = [None] * len(weights) if row_weights is None else row_weights
+    for i, weight in enumerate(weights):
+        _check(f"weights[{i}]", weight, f"row_weights[{i}]", rows[i])
+        if weight.dim() != 2:
+            raise ValueError(f"weights[{i}]: expected shape [n, m], got {list(weight.shape)}")
+    return rows
+
+
+def _alike(weights: Sequence[Tensor], ranks: Sequence[int], rows: Sequence[Tensor | None]) -> Iterator[list[int]]:
+    """Positions of the matrices that one batch can solve."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (weight, rank, row) in enumerate(zip(weights, ranks, rows, strict=True)):
+        kind = None if row is None else row.dtype
+        groups.setdefault((weight.shape, weight.dtype, weight.device, rank, kind), []).append(i)
+    yield from groups.values()
+
+
+def _stack(tensors: Sequence[Tensor | None], members: list[int]) -> Tensor | None:
+    return None if tensors[members[0]] is None else torch.stack([tensors[i] for i in members])
+
+
+def _on_all_threads(function: Callable, *arguments: Sequence) -> list:
+    """``function`` of every matrix: one matrix per thread beats all threads on one matrix."""
+    threads = min(torch.get_num_threads(), len(arguments[0]))
+    if threads <= 1:
+        return list(map(function, *arguments))
+    gradients = torch.is_grad_enabled()
+
+    def alone(*problem):
+        with torch.set_grad_enabled(gradients):  # a thread's own setting
+            return function(*problem)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, *arguments))
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products as such: no autocast, no TF32 or bfloat16 in their place."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if before != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def _floored(weight: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -105,26 +208,92 @@ def _floored(weight: Tensor, row_weights: Tensor | None) -> Tensor:
     return torch.where(largest > 0, torch.maximum(d, ROW_WEIGHT_FLOOR * largest), 1.0)
 
 
-def _weighted_svd(weight: Tensor, rank: int, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_finite(weight: Tensor, row_weights: Tensor | None) -> None:
     if not weight.isfinite().all():
         raise ValueError("weights: expected finite values, got NaN or infinity")
     if row_weights is not None and not (row_weights.isfinite() & (row_weights >= 0)).all():
         raise ValueError("row_weights: expected finite values >= 0, got negative or non-finite ones")
-    n, m = weight.shape[-2:]
-    w = weight.double()
-    dw = w * _floored(weight, row_weights)
-    # Scaled to 1 so that squares neither overflow nor vanish.
+
+
+def _scaled(weight: Tensor, row_weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """D W with entries of at most 1, so that squares neither overflow nor vanish, and what it was divided by."""
+    dw = weight.to(dtype) if row_weights is None else weight.double() * _floored(weight, row_weights)
     largest = dw.abs().amax((-2, -1), keepdim=True)
-    dw = dw / torch.where(largest > 0, largest, 1.0)
-    if m <= n:
-        v = torch.linalg.eigh(dw.mT @ dw).eigenvectors.flip(-1)[..., :rank]
+    largest = torch.where(largest > 0, largest, 1.0)
+    return (dw / largest).to(dtype), largest
+
+
+def _singular_values(weight: Tensor, row_weights: Tensor | None) -> Tensor:
+    _check_finite(weight, row_weights)
+    dw, largest = _scaled(weight, row_weights, torch.float64)
+    gram = dw.mT @ dw if weight.shape[-1] <= weight.shape[-2] else dw @ dw.mT
+    squares = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0.0)
+    return squares.sqrt() * largest.squeeze(-1).double()
+
+
+def _weighted_svd(weight: Tensor, rank: int, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_finite(weight, row_weights)
+    batch, (n, m) = weight.shape[:-2], weight.shape[-2:]
+    matrices = weight.reshape(batch.numel(), n, m)
+    rows = None if row_weights is None else row_weights.reshape(batch.numel(), n)
+    with _full_precision(weight.device):
+        if weight.device.type == "cpu" and batch.numel() > 1:
+            lists = (matrices, [rank] * len(matrices), [None] * len(matrices) if rows is None else rows)
+            v = torch.stack(_on_all_threads(lambda w, k, d: _right_vectors(w[None], k, d), *lists)).squeeze(1)
+        else:
+            v = _right_vectors(matrices, rank, rows)
+        a = (matrices.to(v.dtype) @ v).to(weight.dtype)
+    return a.view(*batch, n, rank), v.mT.to(weight.dtype).contiguous().view(*batch, rank, m)
+
+
+def _right_vectors(weight: Tensor, rank: int, row_weights: Tensor | None) -> Tensor:
+    """V [batch, m, rank] of D W, with signs chosen; float32, or float64 where one of the batch asked for it."""
+    if weight.dtype == torch.float64:
+        v, _ = _leading(*_scaled(weight, row_weights, torch.float64)[:1], rank)
     else:
-        u = torch.linalg.eigh(dw @ dw.mT).eigenvectors.flip(-1)[..., :rank]
-        # (D W)^T U = V S has orthogonal columns; QR normalises them, and completes the basis where S is zero.
-        v = torch.linalg.qr(dw.mT @ u).Q
+        dw, _ = _scaled(weight, row_weights, torch.float32)
+        v, trusted = _leading(dw, rank)
+        if not trusted.all():
+            again = (~trusted).nonzero().squeeze(-1)
+            rows = None if row_weights is None else row_weights[again]
+            exact, _ = _leading(_scaled(weight[again], rows, torch.float64)[0], rank)
+            v = v.double().index_copy(0, again, exact)
     peak = v.gather(-2, v.abs().argmax(-2, keepdim=True))
-    v = v * torch.where(peak < 0, -1.0, 1.0)
-    return (w @ v).to(weight.dtype), v.mT.to(weight.dtype).contiguous()
+    return v * torch.where(peak < 0, -1.0, 1.0)
+
+
+def _leading(dw: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors V [batch, m, rank] of ``dw``, and for which of the batch they are as good as
+    float64's."""
+    n, m = dw.shape[-2:]
+    if m <= n:
+        values, vectors = torch.linalg.eigh(dw.mT @ dw)
+        v = vectors[..., -rank:].flip(-1)
+    else:
+        values, vectors = torch.linalg.eigh(dw @ dw.mT)
+        # (D W)^T U = V S has orthogonal columns; QR normalises them, and completes the basis where S is zero.
+        v = torch.linalg.qr(dw.mT @ vectors[..., -rank:].flip(-1)).Q
+    if dw.dtype == torch.float64 or rank == min(n, m):  # nothing may be left over of full rank: beyond float32
+        return v, torch.full(dw.shape[:-2], dw.dtype == torch.float64, device=dw.device)
+    return v, _is_optimal(dw, v, values[..., -rank - 1])
+
+
+def _is_optimal(dw: Tensor, v: Tensor, next_value: Tensor) -> Tensor:
+    """Whether span(V) provably misses at most ``EXCESS`` of the squared error that is left over.
+
+    With G = (D W)^T D W, H = V^T G V and R = G V - V H, each column j of V can gain at most
+    ||r_j||^2 / max(h_jj - lambda, ||r_j||) by turning towards the rest, whose largest eigenvalue is lambda
+    (perturbation of an invariant subspace; Parlett, The Symmetric Eigenvalue Problem, 11.7).
+    """
+    projected = dw @ v
+    total = dw.double().square().sum((-2, -1))
+    captured = projected.double().square().sum((-2, -1))
+    left = total - captured
+    small = projected.mT @ projected
+    residual = (dw.mT @ projected - v @ small).double().norm(dim=-2)
+    gap = small.diagonal(dim1=-2, dim2=-1).double() - next_value.double().unsqueeze(-1)
+    gain = (residual.square() / torch.maximum(gap, residual).clamp(min=torch.finfo(torch.float64).tiny)).sum(-1)
+    return (left > LEAST_ERROR * total) & (gain <= EXCESS * left)
 
 
 def _weighted_svd_fake(weight, rank, row_weights):

@@ -38,6 +38,7 @@ PUBLIC = [
     "swap_linears",
     "unfuse",
     "use_provider",
+    "weighted_singular_values",
     "weighted_svd",
 ]
 
