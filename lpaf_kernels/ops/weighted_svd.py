@@ -110,7 +110,7 @@ def weighted_singular_values(
 
 def weighted_svd_reference(weight: Tensor, rank: int, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same through LAPACK's SVD of D W in float64; the public truth (signs of the factors may differ)."""
-    d = _floored(weight, row_weights)
+    d = weight.new_ones(1, dtype=torch.float64) if row_weights is None else _floored(row_weights)
     u, s, vh = torch.linalg.svd(d * weight.double(), full_matrices=False)
     a = (u[..., :rank] * s[..., None, :rank]) / d
     return a, vh[..., :rank, :]
@@ -199,98 +199,116 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _floored(weight: Tensor, row_weights: Tensor | None) -> Tensor:
+def _floored(row_weights: Tensor | None) -> Tensor | None:
     """The row weights as a float64 column [..., n, 1], floored."""
     if row_weights is None:
-        return weight.new_ones((*weight.shape[:-1], 1), dtype=torch.float64)
+        return None
     d = row_weights.double().unsqueeze(-1)
     largest = d.amax(-2, keepdim=True)
     return torch.where(largest > 0, torch.maximum(d, ROW_WEIGHT_FLOOR * largest), 1.0)
 
 
-def _check_finite(weight: Tensor, row_weights: Tensor | None) -> None:
-    if not weight.isfinite().all():
-        raise ValueError("weights: expected finite values, got NaN or infinity")
+def _check_rows(row_weights: Tensor | None) -> None:
     if row_weights is not None and not (row_weights.isfinite() & (row_weights >= 0)).all():
         raise ValueError("row_weights: expected finite values >= 0, got negative or non-finite ones")
 
 
-def _scaled(weight: Tensor, row_weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gram(x: Tensor, halvings: int = 2) -> Tensor:
+    """x^T x [..., m, m] of x [..., n, m]; what lies below the diagonal blocks is copied from above, not computed."""
+    m = x.shape[-1]
+    if halvings == 0 or m < 256:
+        return x.mT @ x
+    half = m // 2
+    left, right = x[..., :half], x[..., half:]
+    gram = x.new_empty(*x.shape[:-2], m, m)
+    gram[..., :half, :half] = _gram(left, halvings - 1)
+    gram[..., half:, half:] = _gram(right, halvings - 1)
+    gram[..., :half, half:] = left.mT @ right
+    gram[..., half:, :half] = gram[..., :half, half:].mT
+    return gram
+
+
+def _scaled(weight: Tensor, d: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """D W with entries of at most 1, so that squares neither overflow nor vanish, and what it was divided by."""
-    dw = weight.to(dtype) if row_weights is None else weight.double() * _floored(weight, row_weights)
+    dw = weight.to(dtype) if d is None else weight.double() * d
+    if dw.numel() == 0:
+        return dw.to(dtype), dw.new_ones(1)
     largest = dw.abs().amax((-2, -1), keepdim=True)
+    if not largest.isfinite().all():  # a maximum is as finite as its entries are
+        raise ValueError("weights: expected finite values, got NaN or infinity")
     largest = torch.where(largest > 0, largest, 1.0)
     return (dw / largest).to(dtype), largest
 
 
 def _singular_values(weight: Tensor, row_weights: Tensor | None) -> Tensor:
-    _check_finite(weight, row_weights)
-    dw, largest = _scaled(weight, row_weights, torch.float64)
-    gram = dw.mT @ dw if weight.shape[-1] <= weight.shape[-2] else dw @ dw.mT
-    squares = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0.0)
-    return squares.sqrt() * largest.squeeze(-1).double()
+    _check_rows(row_weights)
+    dw, largest = _scaled(weight, _floored(row_weights), torch.float64)
+    squares = torch.linalg.eigvalsh(_gram(dw if weight.shape[-1] <= weight.shape[-2] else dw.mT))
+    return squares.flip(-1).clamp(min=0.0).sqrt() * largest.squeeze(-1)
 
 
 def _weighted_svd(weight: Tensor, rank: int, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_finite(weight, row_weights)
+    _check_rows(row_weights)
     batch, (n, m) = weight.shape[:-2], weight.shape[-2:]
     matrices = weight.reshape(batch.numel(), n, m)
-    rows = None if row_weights is None else row_weights.reshape(batch.numel(), n)
+    d = _floored(None if row_weights is None else row_weights.reshape(batch.numel(), n))
     with _full_precision(weight.device):
         if weight.device.type == "cpu" and batch.numel() > 1:
-            lists = (matrices, [rank] * len(matrices), [None] * len(matrices) if rows is None else rows)
-            v = torch.stack(_on_all_threads(lambda w, k, d: _right_vectors(w[None], k, d), *lists)).squeeze(1)
+            columns = [None] * len(matrices) if d is None else d.split(1)
+            pairs = _on_all_threads(_factors, matrices.split(1), [rank] * len(matrices), columns)
+            a, b = (torch.cat(factors) for factors in zip(*pairs, strict=True))
         else:
-            v = _right_vectors(matrices, rank, rows)
-        a = (matrices.to(v.dtype) @ v).to(weight.dtype)
-    return a.view(*batch, n, rank), v.mT.to(weight.dtype).contiguous().view(*batch, rank, m)
+            a, b = _factors(matrices, rank, d)
+    return a.view(*batch, n, rank), b.view(*batch, rank, m)
 
 
-def _right_vectors(weight: Tensor, rank: int, row_weights: Tensor | None) -> Tensor:
-    """V [batch, m, rank] of D W, with signs chosen; float32, or float64 where one of the batch asked for it."""
-    if weight.dtype == torch.float64:
-        v, _ = _leading(*_scaled(weight, row_weights, torch.float64)[:1], rank)
-    else:
-        dw, _ = _scaled(weight, row_weights, torch.float32)
-        v, trusted = _leading(dw, rank)
-        if not trusted.all():
-            again = (~trusted).nonzero().squeeze(-1)
-            rows = None if row_weights is None else row_weights[again]
-            exact, _ = _leading(_scaled(weight[again], rows, torch.float64)[0], rank)
-            v = v.double().index_copy(0, again, exact)
+def _factors(weight: Tensor, rank: int, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A [batch, n, rank] and B [batch, rank, m] of one batch under the row weights ``d`` [batch, n, 1]."""
+    exact = weight.dtype == torch.float64
+    dw, largest = _scaled(weight, d, torch.float64 if exact else torch.float32)
+    v, projected, trusted = _leading(dw, rank)
+    if not exact and not trusted.all():
+        again = (~trusted).nonzero().squeeze(-1)
+        exact_dw, _ = _scaled(weight[again], None if d is None else d[again], torch.float64)
+        exact_v, exact_projected, _ = _leading(exact_dw, rank)
+        v = v.double().index_copy(0, again, exact_v)
+        projected = projected.double().index_copy(0, again, exact_projected)
     peak = v.gather(-2, v.abs().argmax(-2, keepdim=True))
-    return v * torch.where(peak < 0, -1.0, 1.0)
+    sign = torch.where(peak < 0, -1.0, 1.0).to(v.dtype)
+    a = projected * (largest if d is None else largest / d) * sign
+    return a.to(weight.dtype), (v * sign).mT.to(weight.dtype).contiguous()
 
 
-def _leading(dw: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors V [batch, m, rank] of ``dw``, and for which of the batch they are as good as
-    float64's."""
+def _leading(dw: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading right singular vectors V [batch, m, rank] of ``dw``, ``dw`` V, and for which of the batch they are as
+    good as float64's."""
     n, m = dw.shape[-2:]
-    if m <= n:
-        values, vectors = torch.linalg.eigh(dw.mT @ dw)
-        v = vectors[..., -rank:].flip(-1)
-    else:
-        values, vectors = torch.linalg.eigh(dw @ dw.mT)
+    values, vectors = torch.linalg.eigh(_gram(dw if m <= n else dw.mT))
+    v = vectors[..., -rank:].flip(-1)
+    if m > n:
         # (D W)^T U = V S has orthogonal columns; QR normalises them, and completes the basis where S is zero.
-        v = torch.linalg.qr(dw.mT @ vectors[..., -rank:].flip(-1)).Q
+        v = torch.linalg.qr(dw.mT @ v).Q
+    projected = dw @ v
     if dw.dtype == torch.float64 or rank == min(n, m):  # nothing may be left over of full rank: beyond float32
-        return v, torch.full(dw.shape[:-2], dw.dtype == torch.float64, device=dw.device)
-    return v, _is_optimal(dw, v, values[..., -rank - 1])
+        trusted = torch.full(dw.shape[:-2], dw.dtype == torch.float64, device=dw.device)
+    else:
+        trusted = _is_optimal(dw, v, projected, values[..., -rank - 1])
+    return v, projected, trusted
 
 
-def _is_optimal(dw: Tensor, v: Tensor, next_value: Tensor) -> Tensor:
+def _is_optimal(dw: Tensor, v: Tensor, projected: Tensor, next_value: Tensor) -> Tensor:
     """Whether span(V) provably misses at most ``EXCESS`` of the squared error that is left over.
 
     With G = (D W)^T D W, H = V^T G V and R = G V - V H, each column j of V can gain at most
     ||r_j||^2 / max(h_jj - lambda, ||r_j||) by turning towards the rest, whose largest eigenvalue is lambda
     (perturbation of an invariant subspace; Parlett, The Symmetric Eigenvalue Problem, 11.7).
     """
-    projected = dw @ v
-    total = dw.double().square().sum((-2, -1))
-    captured = projected.double().square().sum((-2, -1))
+    total, captured = (
+        torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square() for matrix in (dw, projected)
+    )
     left = total - captured
     small = projected.mT @ projected
-    residual = (dw.mT @ projected - v @ small).double().norm(dim=-2)
+    residual = torch.linalg.vector_norm(dw.mT @ projected - v @ small, dim=-2, dtype=torch.float64)
     gap = small.diagonal(dim1=-2, dim2=-1).double() - next_value.double().unsqueeze(-1)
     gain = (residual.square() / torch.maximum(gap, residual).clamp(min=torch.finfo(torch.float64).tiny)).sum(-1)
     return (left > LEAST_ERROR * total) & (gain <= EXCESS * left)
@@ -315,7 +333,7 @@ def _backward(ctx, grad_a, grad_b):
     """
     weight, row_weights, b = ctx.saved_tensors
     w, kept = weight.double(), b.double().mT
-    d = _floored(weight, row_weights)
+    d = w.new_ones(1) if row_weights is None else _floored(row_weights)
     gram = (d * w).mT @ (d * w)
     eigenvalues, basis = torch.linalg.eigh(gram)
     kept_values = (kept * (gram @ kept)).sum(-2)

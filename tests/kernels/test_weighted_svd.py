@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from lpaf_kernels import weighted_svd
+from lpaf_kernels import weighted_singular_values, weighted_svd
 from lpaf_kernels.ops.weighted_svd import ROW_WEIGHT_FLOOR, _floored, weighted_svd_reference
 
 EPS = torch.finfo(torch.float32).eps
@@ -51,7 +51,7 @@ def test_is_as_good_as_the_reference(shape, dtype):
     for name, exact in matrices(*shape).items():
         weight = exact.to(dtype)
         for weighting, rows in row_weights(shape[0]).items():
-            d = _floored(weight, rows)
+            d = 1.0 if rows is None else _floored(rows)
             for rank in {1, min(3, *shape), min(8, *shape), min(shape)}:
                 a, b = weighted_svd(weight, rank, rows)
                 assert a.shape == (shape[0], rank)
@@ -61,6 +61,67 @@ def test_is_as_good_as_the_reference(shape, dtype):
                 size = torch.linalg.norm(d * weight.double()).item()
                 found = error(weight, a, b, d)
                 assert found - best <= 1e-4 * best + 10 * EPS * size, (name, weighting, rank)
+
+
+@pytest.mark.parametrize("shape", [(301, 258), (258, 600)])
+@pytest.mark.parametrize("rank", [40, 200])
+def test_float32_is_trusted_only_where_it_is_as_good(shape, rank, monkeypatch):
+    """Large enough for the Gram matrix in parts; what float32 cannot tell apart is solved in float64."""
+    from lpaf_kernels.ops import weighted_svd as module
+
+    leading, solved = module._leading, []
+    monkeypatch.setattr(module, "_leading", lambda dw, k: solved.append(dw.dtype) or leading(dw, k))
+    for name, exact in matrices(*shape).items():
+        weight = exact.float()
+        for rows in (None, torch.rand(shape[0])):
+            d = 1.0 if rows is None else _floored(rows)
+            solved.clear()
+            a, b = weighted_svd(weight, rank, rows)
+            best = error(weight, *weighted_svd_reference(weight, rank, rows), d)
+            size = torch.linalg.norm(d * weight.double()).item()
+            assert error(weight, a, b, d) - best <= 1e-4 * best + 10 * EPS * size, name
+            # More rank than the matrix has, or than float32 resolves.
+            hard = name in ("rank 3", "zero") or (rank == 200 and name in ("ill-conditioned", "pruned rows"))
+            assert solved == [torch.float32] + [torch.float64] * hard, name
+
+
+def test_matrices_of_a_list_do_not_depend_on_the_threads():
+    weights = [torch.randn(30, 20) for _ in range(5)] + [with_spectrum(20, 30, torch.logspace(0, -12, 20)).float()]
+    ranks = [3, 4, 5, 6, 7, 8]
+    torch.set_num_threads(3)
+    shared = weighted_svd(weights, ranks)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    for i, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
+        alone = weighted_svd(weight, rank)
+        assert torch.equal(shared[0][i], alone[0])
+        assert torch.equal(shared[1][i], alone[1])
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (2, 9, 5)])
+def test_singular_values(shape):
+    weight, rows = torch.randn(shape), torch.rand(shape[:-1])
+    for d in (None, rows):
+        exact = torch.linalg.svdvals(weight.double() if d is None else _floored(d) * weight.double())
+        torch.testing.assert_close(weighted_singular_values(weight, d), exact, rtol=1e-7, atol=1e-7)
+    for batch in (weighted_singular_values([weight.reshape(-1, shape[-1])] * 2),):
+        assert torch.equal(batch[0], batch[1])
+    assert (weighted_singular_values(torch.zeros(shape)) == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_lower_matmul_precision_and_autocast_change_nothing(precision):
+    weight = torch.randn(300, 260)
+    expected = weighted_svd(weight, 20)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = weighted_svd(weight, 20)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 def test_factors_are_normalised():
@@ -186,6 +247,8 @@ def test_compiles_and_exports_whole():
         ((torch.ones(4, 3), 4), ValueError, "rank: expected 1 to 3 .*got 4"),
         (([torch.ones(4, 4), torch.ones(4, 3)], 4), ValueError, r"rank: expected 1 to 3 for weights\[1\]"),
         ((torch.ones(4, 3), 2.0), TypeError, "rank: expected an integer, got 2.0"),
+        (([torch.ones(4, 3)], [2, 2]), ValueError, r"rank: expected 1 ranks \(one per matrix\), got 2"),
+        (([torch.ones(4, 3)] * 2, [2, 4]), ValueError, r"rank\[1\]: expected 1 to 3 for weights\[1\] .*got 4"),
         ((torch.ones(4, 3), True), TypeError, "rank: expected an integer, got True"),
         ((torch.ones(4, 3), 2, torch.ones(3)), ValueError, r"row_weights: expected shape \[4\]"),
         ((torch.ones(4, 3), 2, torch.ones(4).int()), TypeError, "row_weights: expected float32"),
