@@ -1,6 +1,7 @@
-"""Time keep_threshold against torch.kthvalue and torch.topk on the CPU, interleaved, after checking that they agree.
+"""Time keep_threshold over a model's matrices against torch.kthvalue and torch.topk per matrix, interleaved, after
+checking that they agree.
 
-python benchmarks/keep_threshold.py [--size 2400000] [--threads 2] [--rounds 15]
+python benchmarks/keep_threshold.py [--matrices minilm|bert-base|N] [--device cpu|cuda] [--threads 2] [--rounds 15]
 """
 
 from __future__ import annotations
@@ -15,48 +16,74 @@ import torch
 import lpaf_kernels
 from lpaf_kernels import keep_threshold
 
+# (layers, hidden, intermediate)
+MODELS = {"minilm": (6, 384, 1536), "bert-base": (12, 768, 3072)}
 
-def timed(run: Callable[[], object]) -> float:
+
+def shapes(matrices: str) -> list[tuple[int, ...]]:
+    """The encoder matrices of a model, or one vector of N scores."""
+    if matrices not in MODELS:
+        return [(int(matrices),)]
+    layers, hidden, intermediate = MODELS[matrices]
+    return [*[(hidden, hidden)] * 4, (intermediate, hidden), (hidden, intermediate)] * layers
+
+
+def timed(run: Callable[[], object], device: str) -> float:
     start = time.perf_counter()
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=2_400_000, help="scores")
+    parser.add_argument("--matrices", default="minilm", help="minilm, bert-base, or a number of scores")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    size = arguments.size
-    print(f"torch {torch.__version__}, {lpaf_kernels.build_info()}")
-    print(f"{size} float32 scores, {arguments.threads} threads, ms: minimum / median of {arguments.rounds} rounds")
     generator = torch.Generator().manual_seed(0)
+    normal = [torch.randn(shape, generator=generator).to(arguments.device) for shape in shapes(arguments.matrices)]
+    sizes = [scores.numel() for scores in normal]
+    print(f"torch {torch.__version__}, {lpaf_kernels.build_info()}")
+    if arguments.device == "cuda":
+        print(torch.cuda.get_device_name())
+    print(
+        f"{len(sizes)} matrices, {sum(sizes)} float32 scores, {arguments.threads} threads,"
+        f" ms: minimum / median of {arguments.rounds} rounds"
+    )
     inputs = {
-        "normal": torch.randn(size, generator=generator),
-        "uniform": torch.rand(size, generator=generator),
-        "zeros": torch.zeros(size),
+        "normal": normal,
+        "magnitude": [4 * scores.abs() / scores.abs().mean() for scores in normal],
+        "zeros": [torch.zeros_like(scores) for scores in normal],
     }
     for name, scores in inputs.items():
         for keep in (0.9, 0.5, 0.1):
-            kept = int(keep * size + 0.5)
+            kept = [int(keep * size + 0.5) for size in sizes]
+            flat = [tensor.view(-1) for tensor in scores]
             providers = {
                 "keep_threshold": lambda s=scores, k=keep: keep_threshold(s, k),
-                "kthvalue": lambda s=scores, k=kept: torch.kthvalue(s, size - k + 1),
-                "topk": lambda s=scores, k=kept: torch.topk(s, k, sorted=False),
+                "kthvalue": lambda s=flat, k=kept: [torch.kthvalue(t, t.numel() - n + 1) for t, n in zip(s, k)],
+                "topk": lambda s=flat, k=kept: [torch.topk(t, n, sorted=False) for t, n in zip(s, k)],
+                "global": lambda s=scores, k=keep: keep_threshold(s, k, "global"),
             }
-            threshold = providers["keep_threshold"]()
-            assert int(threshold.count(scores)) == kept
-            assert threshold.value == providers["kthvalue"]().values
+            for threshold, tensor, count, other in zip(
+                providers["keep_threshold"](), scores, kept, providers["kthvalue"](), strict=True
+            ):
+                assert int(threshold.count(tensor)) == count
+                assert threshold.value == other.values
             times: dict[str, list[float]] = {provider: [] for provider in providers}
             for _ in range(arguments.rounds):
                 for provider, run in providers.items():
-                    times[provider].append(timed(run))
+                    times[provider].append(timed(run, arguments.device))
             best = {provider: (min(values), statistics.median(values)) for provider, values in times.items()}
-            cells = "  ".join(f"{provider} {low:7.2f} / {mid:7.2f}" for provider, (low, mid) in best.items())
-            ratio = best["kthvalue"][1] / best["keep_threshold"][1]
-            print(f"{name:8} keep {keep:.1f}  {cells}  kthvalue / ours {ratio:.1f}x")
+            cells = "  ".join(f"{provider} {low:.2f} / {mid:.2f}" for provider, (low, mid) in best.items())
+            ratios = "  ".join(
+                f"{other} / ours {best[other][1] / best['keep_threshold'][1]:.1f}x" for other in ("kthvalue", "topk")
+            )
+            print(f"{name:9} keep {keep:.1f}  {cells}  {ratios}", flush=True)
 
 
 if __name__ == "__main__":

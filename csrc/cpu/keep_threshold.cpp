@@ -2,6 +2,7 @@
 #include "cpu/keep_threshold.h"
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,9 @@ namespace lpaf::cpu {
 namespace {
 
 constexpr const char* kOp = "keep_threshold";
+
+// With as many matrices per thread, uneven sizes even out.
+constexpr int kMatricesPerThread = 4;
 
 void check_arguments(const std::vector<Tensor>& scores, double keep,
                      const std::optional<std::vector<Tensor>>& weights) {
@@ -67,15 +71,19 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& scores, double keep
     auto* tie_indices = static_cast<int64_t*>(tie_index.mutable_data_ptr());
 
     const auto threads = static_cast<int>(torch::stable::get_num_threads());
-    const auto parallel_for = [](int64_t tasks, const auto& task) {
+    const auto share_out = [](int64_t tasks, const auto& task) {
         torch::stable::parallel_for(0, tasks, 1, [&task](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) task(i);
         });
     };
-    const auto select_spans = [&](std::size_t first, std::size_t size) {
+    const auto alone = [](int64_t tasks, const auto& task) {
+        for (int64_t i = 0; i < tasks; ++i) task(i);
+    };
+    const auto select_spans = [&](std::size_t first, std::size_t size, int with_threads,
+                                  const auto& parallel_for) {
         try {
             return keep_threshold(std::span<const ScoreSpan<Score>>(spans).subspan(first, size),
-                                  weights.has_value(), keep, threads, parallel_for);
+                                  weights.has_value(), keep, with_threads, parallel_for);
         } catch (const InvalidEntryError& error) {
             const bool in_scores = std::string_view(error.what()) == "NaN";
             invalid(kOp, in_scores ? ": scores[" : ": weights[", first + error.span, "] holds ", error.what(),
@@ -83,17 +91,36 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& scores, double keep
         }
     };
     if (across) {
-        const KeepThreshold<Value> threshold = select_spans(0, spans.size());
+        const KeepThreshold<Value> threshold = select_spans(0, spans.size(), threads, share_out);
         int64_t offset = 0;
         for (std::size_t i = 0; i < spans.size(); offset += spans[i++].size) {
             values[i] = threshold.value;
             tie_indices[i] = std::clamp<int64_t>(threshold.tie_index - offset, 0, spans[i].size);
         }
+        return {value, tie_index};
+    }
+    const auto store = [&](int64_t i, const KeepThreshold<Value>& threshold) {
+        values[i] = threshold.value;
+        tie_indices[i] = threshold.tie_index;
+    };
+    if (count >= kMatricesPerThread * threads) {
+        // One matrix per thread: nothing has to be awaited within a matrix. Errors wait until all threads are
+        // back.
+        std::vector<std::exception_ptr> errors(spans.size());
+        share_out(count, [&](int64_t i) {
+            const auto position = static_cast<std::size_t>(i);
+            try {
+                store(i, select_spans(position, 1, 1, alone));
+            } catch (...) {
+                errors[position] = std::current_exception();
+            }
+        });
+        for (const std::exception_ptr& error : errors) {
+            if (error) std::rethrow_exception(error);
+        }
     } else {
-        for (std::size_t i = 0; i < spans.size(); ++i) {
-            const KeepThreshold<Value> threshold = select_spans(i, 1);
-            values[i] = threshold.value;
-            tie_indices[i] = threshold.tie_index;
+        for (int64_t i = 0; i < count; ++i) {
+            store(i, select_spans(static_cast<std::size_t>(i), 1, threads, share_out));
         }
     }
     return {value, tie_index};

@@ -100,6 +100,48 @@ def test_large_tensors_match_a_stable_sort(weighted, threads):
             assert torch.equal(KeepThreshold(actual[0][i], actual[1][i]).mask(tensor), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sample_decides_nothing(dtype, threads):
+    """Sizes that are bracketed by a sample: smooth, tied, clustered and adversarial scores, at every kept share."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(150, 200, generator=generator)
+    spikes = torch.where(torch.rand(150, 200, generator=generator) < 0.999, 0.0, normal)
+    runs = torch.arange(30_000.0).view(150, 200)
+    clusters = torch.randint(0, 9, (150, 200), generator=generator) + (normal > 2) * normal
+    matrices = [scores.to(dtype) for scores in (normal, spikes, runs, -runs, clusters, torch.zeros(150, 200))]
+    for keep in (1e-4, 0.01, 0.1, 1 / 3, 0.5, 0.9, 0.9995, 1 - 1e-5):
+        for scores in (matrices, matrices[:2]):
+            for scope in ("matrix", "global"):
+                thresholds = keep_threshold(scores, keep, scope)
+                value, tie_index = _keep_threshold(scores, keep, scope == "global", None)
+                for i, tensor in enumerate(scores):
+                    expected = KeepThreshold(value[i], tie_index[i]).mask(tensor)
+                    assert torch.equal(thresholds[i].mask(tensor), expected), (i, keep, scope)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
+def test_ten_million_scores(keep):
+    torch.set_num_threads(2)
+    for scores in (torch.randn(10_000_000), torch.randn(10_000_000).round(decimals=1), torch.zeros(10_000_000)):
+        threshold = keep_threshold(scores, keep)
+        value, tie_index = _keep_threshold([scores], keep, False, None)
+        assert torch.equal(threshold.mask(scores), KeepThreshold(value[0], tie_index[0]).mask(scores))
+        assert threshold.count(scores) == round(keep * scores.numel())
+
+
+def test_nan_is_found_among_many_matrices():
+    torch.set_num_threads(2)
+    scores = [torch.randn(100, 100) for _ in range(12)]
+    scores[7][50, 50] = math.nan
+    scores[9][0, 0] = math.nan
+    for scope in ("matrix", "global"):
+        with pytest.raises(ValueError, match=r"scores\[7\] holds NaN"):
+            keep_threshold(scores, 0.5, scope)
+
+
 def test_nothing_and_everything():
     scores = torch.randn(6)
     assert keep_threshold(scores, 0.0) == (math.inf, 0)
