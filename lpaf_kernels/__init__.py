@@ -11,6 +11,7 @@ from .nn.fuse import fuse, unfuse
 from .nn.graphed import GraphRunner
 from .nn.lowrank_attention import LowRankAttention
 from .nn.lowrank_ffn import LowRankFFN
+from .nn.lowrank_plus_sparse_linear import LowRankPlusSparseLinear
 from .nn.lowrank_sparse_linear import LowRankSparseLinear
 from .nn.masked_linear import MaskedLinear
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
@@ -29,6 +30,7 @@ __all__ = [
     "KeepThreshold",
     "LowRankAttention",
     "LowRankFFN",
+    "LowRankPlusSparseLinear",
     "LowRankSparseLinear",
     "MaskedLinear",
     "MixedRankLinear",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import check_floating, check_fraction, check_shape
+from ..ops._checks import check_floating, check_fraction, check_integer, check_shape
 from ..ops.lowrank_sparse_linear import ACTIVATIONS, check_kept, packed_lowrank_sparse_linear
 from ..ops.weighted_svd import weighted_svd
 
@@ -47,15 +47,15 @@ class LowRankSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            _check_integer(name, value, 1, None)
-        _check_integer("rank", rank, 0, min(in_features, out_features))
+            check_integer(name, value, 1, None)
+        check_integer("rank", rank, 0, min(in_features, out_features))
         if activation is not None and activation not in ACTIVATIONS[1:]:
             raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
         if isinstance(kept, Tensor):
             check_kept(kept, out_features)
             positions = kept.to(device=device, dtype=torch.int32)
         else:
-            _check_integer("kept", kept, 0, out_features)
+            check_integer("kept", kept, 0, out_features)
             positions = torch.arange(kept, device=device, dtype=torch.int32)
         self.in_features = in_features
         self.out_features = out_features
@@ -85,7 +85,7 @@ class LowRankSparseLinear(nn.Module):
         keep = check_fraction("keep", keep)
         out_features, in_features = linear.weight.shape
         kept = math.floor(keep * out_features + 0.5)
-        _check_integer("rank", rank, 0 if kept else 1, min(in_features, out_features))
+        check_integer("rank", rank, 0 if kept else 1, min(in_features, out_features))
         with torch.no_grad():
             weight = linear.weight.to(torch.promote_types(linear.weight.dtype, torch.float32))
             if rank:
@@ -98,8 +98,18 @@ class LowRankSparseLinear(nn.Module):
             return cls._build(a, b, linear.bias, chosen, residual[chosen], linear.weight.dtype)
 
     @classmethod
-    def from_factors(cls, a: Tensor, b: Tensor, bias: Tensor | None = None) -> LowRankSparseLinear:
-        """Build the low-rank layer of weight a b from a [out, r], b [r, in] and bias [out] (all copied)."""
+    def from_factors(
+        cls,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None = None,
+        kept: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> LowRankSparseLinear:
+        """Build the layer of weight a b + S from a [out, r], b [r, in] and bias [out]; all copied.
+
+        ``rows`` [kept, in] are the rows of S that are not zero, at the sorted outputs ``kept``. Default: none.
+        """
         check_floating("a", a)
         check_floating("b", b)
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
@@ -107,9 +117,15 @@ class LowRankSparseLinear(nn.Module):
         if bias is not None:
             check_floating("bias", bias)
             check_shape("bias", bias, a.shape[0], because="the rows of a")
+        if (kept is None) != (rows is None):
+            raise ValueError("kept, rows: expected both or none")
+        if kept is None:
+            kept, rows = torch.empty(0, dtype=torch.int32, device=a.device), b.new_empty(0, b.shape[1])
+        check_kept(kept, a.shape[0])
+        check_floating("rows", rows)
+        check_shape("rows", rows, kept.shape[0], b.shape[1], because="the length of kept and the columns of b")
         with torch.no_grad():
-            kept = torch.empty(0, dtype=torch.int32, device=a.device)
-            return cls._build(a, b, bias, kept, b.new_empty(0, b.shape[1]), a.dtype)
+            return cls._build(a, b, bias, kept, rows, a.dtype)
 
     @classmethod
     def _build(
@@ -213,11 +229,3 @@ class LowRankSparseLinear(nn.Module):
             f" kept={self.kept.shape[0]}, bias={self.bias is not None}"
         )
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
-
-def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        wanted = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")

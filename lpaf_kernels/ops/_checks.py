@@ -37,3 +37,12 @@ def check_fraction(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
     return float(value)
+
+
+def check_integer(name: str, value: int, low: int, high: int | None) -> None:
+    """Raise unless ``value`` is an integer from ``low`` to ``high`` (None: no end)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")

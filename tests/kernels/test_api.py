@@ -18,6 +18,7 @@ PUBLIC = [
     "KeepThreshold",
     "LowRankAttention",
     "LowRankFFN",
+    "LowRankPlusSparseLinear",
     "LowRankSparseLinear",
     "MaskedLinear",
     "MixedRankLinear",
