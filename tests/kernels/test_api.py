@@ -23,6 +23,7 @@ PUBLIC = [
     "MixedRankLinear",
     "Norm",
     "__version__",
+    "accumulate_movement_",
     "build_info",
     "clear_paths",
     "draw_paths",
@@ -35,10 +36,14 @@ PUBLIC = [
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
+    "sparsity_statistics",
     "swap_linears",
     "unfuse",
+    "update_importance_",
+    "update_sensitivity_",
     "use_provider",
     "weighted_svd",
+    "zero_pruned_",
 ]
 
 
