@@ -106,7 +106,10 @@ def test_native_can_be_disabled():
 
 @pytest.mark.skipif(_library.NATIVE["cpu"] != "loaded", reason="the fallbacks are what the other tests already run")
 def test_fallbacks_pass_the_same_tests():
-    files = [str(Path(__file__).with_name(f"test_{stem}.py")) for stem in ("keep_threshold", "masked_linear")]
+    files = [
+        str(Path(__file__).with_name(f"test_{stem}.py"))
+        for stem in ("keep_threshold", "masked_linear", "pruning_updates")
+    ]
     out = run_python(
         "import pytest\n"
         f"code = pytest.main(['-q', '-p', 'no:cacheprovider', *{files!r}])\n"
