@@ -19,7 +19,8 @@ namespace lpaf::cuda {
 constexpr std::size_t kParameterBytes = 32764;
 constexpr std::size_t kTableBytes = kParameterBytes - 124;
 
-// Entry describes a tensor. It has `std::uint32_t first_tile`, and `tiles()` says how many it needs.
+// Entry describes one tensor, or several that belong together. It says how many tiles() it needs and whether
+// it can_pack(), that is, may be read and written in packs; `first_tile` and `packed` are set here.
 template <class Entry>
 struct TensorTable {
     static constexpr std::size_t kCapacity = (kTableBytes - 2 * sizeof(std::uint32_t)) / sizeof(Entry);
@@ -46,8 +47,8 @@ struct TensorTable {
 // Calls launch(table) for tables that hold all entries with a tile, as few as possible; stops at the first
 // result that is not Result{}.
 template <class Result, class Entry, class Launch>
-Result for_each_table(std::span<const Entry> entries, TensorTable<Entry>& table, const Launch& launch) {
-    table.count = table.tiles = 0;
+Result for_each_table(std::span<const Entry> entries, const Launch& launch) {
+    TensorTable<Entry> table;
     for (const Entry& entry : entries) {
         if (entry.tiles() == 0) continue;
         if (table.count == TensorTable<Entry>::kCapacity) {
@@ -56,7 +57,8 @@ Result for_each_table(std::span<const Entry> entries, TensorTable<Entry>& table,
         }
         Entry& added = table.entries[table.count++] = entry;
         added.first_tile = table.tiles;
-        table.tiles += entry.tiles();
+        added.packed = entry.can_pack();
+        table.tiles += static_cast<std::uint32_t>(entry.tiles());
     }
     return table.count == 0 ? Result{} : launch(table);
 }
