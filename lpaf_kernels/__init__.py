@@ -22,6 +22,13 @@ from .ops.lowrank_attention import lowrank_attention
 from .ops.lowrank_ffn import lowrank_ffn
 from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
 from .ops.masked_linear import masked_linear
+from .ops.pruning_updates import (
+    accumulate_movement_,
+    sparsity_statistics,
+    update_importance_,
+    update_sensitivity_,
+    zero_pruned_,
+)
 from .ops.weighted_svd import weighted_singular_values, weighted_svd
 from .tuning.dispatch import explain, use_provider
 
@@ -36,6 +43,7 @@ __all__ = [
     "MixedRankLinear",
     "Norm",
     "__version__",
+    "accumulate_movement_",
     "build_info",
     "clear_paths",
     "draw_paths",
@@ -48,11 +56,15 @@ __all__ = [
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
+    "sparsity_statistics",
     "swap_linears",
     "unfuse",
+    "update_importance_",
+    "update_sensitivity_",
     "use_provider",
     "weighted_singular_values",
     "weighted_svd",
+    "zero_pruned_",
 ]
 
 

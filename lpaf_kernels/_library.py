@@ -56,6 +56,12 @@ SCHEMAS = (
     " Tensor d_bias1, Tensor d_down2, Tensor d_up2, Tensor d_bias2, Tensor d_down_gate, Tensor d_up_gate,"
     " Tensor d_bias_gate, Tensor d_residual, Tensor d_norm_weight, Tensor d_norm_bias)",
     "weighted_svd(Tensor weight, SymInt rank, Tensor? row_weights) -> (Tensor a, Tensor b)",
+    "accumulate_movement(Tensor(a!)[] scores, Tensor[] weights, Tensor[] grads, float lr) -> ()",
+    "update_importance(Tensor(a!)[] importance, Tensor[] weights, Tensor[] grads, float beta) -> ()",
+    "update_sensitivity(Tensor(a!)[] sensitivity, Tensor(b!)[] uncertainty, Tensor[] weights, Tensor[] grads,"
+    " float beta1, float beta2) -> Tensor",
+    "zero_pruned(Tensor(a!)[] weights, Tensor[] scores, Tensor[] values, Tensor[] tie_indices) -> ()",
+    "sparsity_statistics(Tensor[] weights) -> Tensor",
 )
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -103,6 +109,22 @@ def register_fallback(name: str, kernel: Callable, keys: tuple[str, ...] = ("CPU
     for key in keys:
         if not has_kernel(name, key):
             library.impl(name, kernel, key)
+
+
+def register_mutation(name: str, mutated: int) -> None:
+    """Count a call of operator ``name`` as a change of the tensors in its first ``mutated`` arguments, all lists.
+
+    Torch's own in-place operators do that; a backward that saved such a tensor then raises.
+    """
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def mutate(*arguments):
+        for tensors in arguments[:mutated]:
+            torch.autograd.graph.increment_version(tensors)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator(*arguments)
+
+    library.impl(name, mutate, "ADInplaceOrView")
 
 
 def register_autocast(name: str, cast: Callable) -> None:

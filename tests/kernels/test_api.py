@@ -24,6 +24,7 @@ PUBLIC = [
     "MixedRankLinear",
     "Norm",
     "__version__",
+    "accumulate_movement_",
     "build_info",
     "clear_paths",
     "draw_paths",
@@ -36,11 +37,15 @@ PUBLIC = [
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
+    "sparsity_statistics",
     "swap_linears",
     "unfuse",
+    "update_importance_",
+    "update_sensitivity_",
     "use_provider",
     "weighted_singular_values",
     "weighted_svd",
+    "zero_pruned_",
 ]
 
 
@@ -103,7 +108,10 @@ def test_native_can_be_disabled():
 
 @pytest.mark.skipif(_library.NATIVE["cpu"] != "loaded", reason="the fallbacks are what the other tests already run")
 def test_fallbacks_pass_the_same_tests():
-    files = [str(Path(__file__).with_name(f"test_{stem}.py")) for stem in ("keep_threshold", "masked_linear")]
+    files = [
+        str(Path(__file__).with_name(f"test_{stem}.py"))
+        for stem in ("keep_threshold", "masked_linear", "pruning_updates")
+    ]
     out = run_python(
         "import pytest\n"
         f"code = pytest.main(['-q', '-p', 'no:cacheprovider', *{files!r}])\n"
