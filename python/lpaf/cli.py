@@ -20,6 +20,7 @@ Compress a transformer by pruning and low-rank factorisation.
                                     make a small, fast copy of your model
   lpaf evaluate --model small --task sst2
   lpaf bench    --model small       latency against the dense original
+  lpaf bench    --model DIR --step  what a pruning step costs beside a fine-tuning step
   lpaf tune     --model small       choose the fastest kernels for this GPU by measuring
   lpaf inspect  --model small       ranks, spectra and sparsity patterns
 
@@ -159,8 +160,23 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_NAME",
         help="second model (default: a dense model of the same shape with random weights)",
     )
-    parser.add_argument("--batch", type=_numbers, default=[1, 8], metavar="N,N", help="batch sizes (default: 1,8)")
-    parser.add_argument("--length", type=_numbers, default=[128], metavar="N,N", help="sequence lengths (default: 128)")
+    parser.add_argument(
+        "--step",
+        action="store_true",
+        help="time training instead: one step of fine-tuning, of pruning (ours, and with sorted masks as published), "
+        "of LoSparse and of mixed-rank retraining, interleaved, on a model of this configuration with random weights",
+    )
+    parser.add_argument("--batch", type=_numbers, metavar="N,N", help="batch sizes (default: 1,8, with --step 32)")
+    parser.add_argument(
+        "--length", type=_numbers, metavar="N,N", help="sequence lengths (default: 128, with --step 64)"
+    )
+    parser.add_argument("--stages", type=_words, metavar="NAME,NAME", help="with --step: some of its stages only")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=int, metavar="K", help="with --step: rank of the factors")
+    size.add_argument(
+        "--ratio", type=float, metavar="R", help="with --step: their share of the encoder (default: 0.25)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="with --step: train under bfloat16 autocast")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed rounds per cell")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
@@ -189,14 +205,20 @@ def run_bench(arguments: argparse.Namespace) -> None:
         return
     if arguments.output is not None:
         raise InputError("--output: is for --plot; times are printed, with --json as JSON")
+    for name in () if arguments.step else ("stages", "rank", "ratio", "bf16"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name}: is for --step")
+    if arguments.step:
+        run_bench_step(arguments)
+        return
     from .evaluate.bench import bench, bench_lines
     from .report.terminal import bench_table, show
 
     rows = bench(
         arguments.model,
         against=arguments.against,
-        batches=arguments.batch,
-        lengths=arguments.length,
+        batches=arguments.batch or [1, 8],
+        lengths=arguments.length or [128],
         rounds=arguments.rounds,
         threads=arguments.threads,
         dtype=arguments.dtype,
@@ -205,6 +227,36 @@ def run_bench(arguments: argparse.Namespace) -> None:
         modes=arguments.mode,
     )
     print(json.dumps(rows, indent=1)) if arguments.json else show(bench_table(bench_lines(rows)))
+
+
+def run_bench_step(arguments: argparse.Namespace) -> None:
+    from .evaluate.step import STAGES, bench_steps
+    from .report.terminal import show, step_table
+
+    for name, given in (("--against", arguments.against), ("--fuse", arguments.fuse)):
+        if given:
+            raise InputError(f"{name}: is for inference, not for --step")
+    for name, values in (("--batch", arguments.batch), ("--length", arguments.length)):
+        if values is not None and len(values) > 1:
+            raise InputError(f"{name} {','.join(map(str, values))}: --step takes one")
+    if arguments.mode not in (["eager"], ["compiled"]):
+        raise InputError(f"--mode {','.join(arguments.mode)}: --step takes eager or compiled")
+    if arguments.dtype != "float32":
+        raise InputError(f"--dtype {arguments.dtype}: --step keeps float32 weights; pass --bf16 for bfloat16 autocast")
+    rows = bench_steps(
+        arguments.model,
+        batch=(arguments.batch or [32])[0],
+        length=(arguments.length or [64])[0],
+        rank=arguments.rank,
+        ratio=arguments.ratio,
+        stages=arguments.stages or list(STAGES),
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        device=arguments.device,
+        bf16=arguments.bf16,
+        compiled=arguments.mode == ["compiled"],
+    )
+    print(json.dumps(rows, indent=1)) if arguments.json else show(step_table(rows))
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:

@@ -96,7 +96,7 @@ def test_autocast_and_compile():
 def test_bad_input():
     with pytest.raises(ValueError, match="rank: expected 0 to 5, got 6"):
         LowRankPlusSparseLinear(6, 5, 6)
-    with pytest.raises(TypeError, match="linear: expected an nn.Linear, got ReLU"):
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got ReLU"):
         LowRankPlusSparseLinear.from_linear(nn.ReLU(), 2)
     with pytest.raises(ValueError, match=r"factors\[0\]: expected shape \[5, 2\]"):
         LowRankPlusSparseLinear.from_linear(nn.Linear(6, 5), 2, (torch.ones(5, 3), torch.ones(2, 6)))

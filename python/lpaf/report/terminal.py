@@ -135,6 +135,27 @@ def bench_table(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> 
     return _table(title, head, cells)
 
 
+def step_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Training steps: each row as :func:`lpaf.evaluate.step.bench_steps` returns it."""
+    rows = list(rows)
+    first = rows[0]
+    title = (
+        f"One step of {first['model']}, batch {first['batch']}, length {first['length']}, rank {first['rank']},"
+        f" {first['dtype']}, {first['mode']}"
+    )
+    cells = [
+        (
+            row["stage"],
+            format_milliseconds(row["step_ms"]),
+            significant(row["p20"]),
+            significant(row["p80"]),
+            format_factor(row["ratio"]),
+        )
+        for row in rows
+    ]
+    return _table(title, ("stage", "median", "p20", "p80", f"of {first['stage']}"), cells)
+
+
 def metrics_table(metrics: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """Evaluation results {split: {metric: value}}: one line per split and metric."""
     cells = [(split, name, format_metric(value)) for split, values in metrics.items() for name, value in values.items()]

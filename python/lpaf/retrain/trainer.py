@@ -57,6 +57,20 @@ class TrainOptions:
         return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
 
+def make_optimizer(model: nn.Module, options: TrainOptions, decayed: set[str]) -> torch.optim.Optimizer:
+    """AdamW with three groups: the weights named in ``decayed``, the others (biases, norms), and pruning scores at
+    their own rate."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scores = [p for name, p in trained if name.endswith(".scores")]
+    rest = [(name, p) for name, p in trained if not name.endswith(".scores")]
+    groups = [
+        {"params": [p for name, p in rest if name in decayed], "weight_decay": options.weight_decay},
+        {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
+        {"params": scores, "weight_decay": 0.0, "lr": options.score_learning_rate},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
+
+
 class StageTrainer(Trainer):
     """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history."""
 
@@ -80,23 +94,10 @@ class StageTrainer(Trainer):
     # optimisation ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with three groups: decayed weights, undecayed ones (biases, norms), pruning scores at their own
-        rate."""
+        """See :func:`make_optimizer`."""
         model = self.model if model is None else model
         if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(model))
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            scores = [p for name, p in trained if name.endswith(".scores")]
-            rest = [(name, p) for name, p in trained if not name.endswith(".scores")]
-            options = self.options
-            groups = [
-                {"params": [p for name, p in rest if name in decayed], "weight_decay": options.weight_decay},
-                {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
-                {"params": scores, "weight_decay": 0.0, "lr": options.score_learning_rate},
-            ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=options.learning_rate, fused=True
-            )
+            self.optimizer = make_optimizer(model, self.options, set(self.get_decay_parameter_names(model)))
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -1,0 +1,117 @@
+"""LoSparse's neuron pruning: W = U V + S, rows of S ranked by a moving average of |w dL/dw| (Li et al., 2023).
+
+Every encoder linear becomes a ``LowRankPlusSparseLinear``. Importance is taken with the weight and the gradient of the
+same step, right before the optimizer moves the weight; the mean over a neuron's weights commutes with the moving
+average, so that one number per neuron is kept between steps. Every ``interval`` steps, and every step of the cool-down,
+the rows below the threshold are zeroed; they keep training, so they may return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lpaf_kernels import LowRankPlusSparseLinear, keep_threshold, update_importance_, weighted_svd, zero_pruned_
+
+from ..models.targets import encoder_linears
+from .schedule import CubicSchedule
+
+
+def sparse_linears(model: nn.Module) -> Iterator[tuple[str, LowRankPlusSparseLinear]]:
+    """(name, module) of every LowRankPlusSparseLinear of ``model``."""
+    return ((name, part) for name, part in model.named_modules() if isinstance(part, LowRankPlusSparseLinear))
+
+
+class ImportancePruner:
+    """Keeps the most important neurons of S beside a low-rank part.
+
+    Args:
+        keep: final share of the entries of all S that stay, in (0, 1].
+        rank: rank of U V in every matrix.
+        scope: "global" ranks the neurons of all matrices together, each counting once per input; "matrix" within each.
+        warmup, cooldown: see :class:`CubicSchedule`.
+        beta: decay of the moving average.
+        interval: steps between selections before the cool-down.
+    """
+
+    def __init__(
+        self,
+        keep: float,
+        rank: int,
+        scope: str = "global",
+        warmup: float = 0.1,
+        cooldown: float = 0.3,
+        beta: float = 0.85,
+        interval: int = 10,
+    ) -> None:
+        if scope not in ("matrix", "global"):
+            raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
+        if rank < 1:
+            raise ValueError(f"rank: must be at least 1, got {rank}")
+        if interval < 1:
+            raise ValueError(f"interval: must be at least 1, got {interval}")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta: must be in [0, 1), got {beta}")
+        CubicSchedule(keep, 1, warmup, cooldown)
+        self.keep, self.rank, self.scope, self.warmup, self.cooldown = keep, rank, scope, warmup, cooldown
+        self.beta, self.interval = beta, interval
+
+    def attach(self, model: nn.Module) -> None:
+        """Replace every encoder linear of ``model`` by U V + S, the same function."""
+        linears = encoder_linears(model)
+        products = weighted_svd([linear.weight.detach() for linear in linears.values()], self.rank)
+        for (name, linear), a, b in zip(linears.items(), *products, strict=True):
+            roots = a.norm(dim=0).sqrt()
+            safe = torch.where(roots > 0, roots, 1.0)
+            factors = (a / safe, b * roots[:, None])
+            module = LowRankPlusSparseLinear.from_linear(linear, self.rank, factors)
+            # A buffer, so that checkpoints hold it.
+            module.register_buffer("importance", linear.weight.new_zeros(linear.out_features, dtype=torch.float32))
+            model.set_submodule(name, module)
+
+    def update_importance(self, model: nn.Module) -> None:
+        """Add |w dL/dw| of the gradients that the parameters hold now."""
+        modules = [module for _, module in sparse_linears(model)]
+        weights = [module.sparse for module in modules]
+        grads = [weight.grad for weight in weights]
+        update_importance_([module.importance for module in modules], weights, grads, beta=self.beta)
+
+    def zero_rows(self, model: nn.Module, keep: float) -> None:
+        """Zero the rows of S outside the most important ``keep`` share."""
+        modules = [module for _, module in sparse_linears(model)]
+        weights, states = [module.sparse for module in modules], [module.importance for module in modules]
+        counts = [torch.full_like(state, weight.shape[1], dtype=torch.int64) for state, weight in zip(states, weights)]
+        zero_pruned_(weights, keep_threshold(states, keep, scope=self.scope, weights=counts), states)
+
+    def callback(self, steps: int) -> ImportanceCallback:
+        """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
+        return ImportanceCallback(self, CubicSchedule(self.keep, steps, self.warmup, self.cooldown))
+
+    def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Zero the pruned rows, put compact layers in, and return the importance: name -> [out] float32."""
+        self.zero_rows(model, self.keep)
+        importance = {}
+        for name, module in list(sparse_linears(model)):
+            importance[name] = module.importance.clone()
+            model.set_submodule(name, module.to_lowrank_sparse())
+        return importance
+
+
+class ImportanceCallback(TrainerCallback):
+    """Measures importance before every optimizer step and zeroes rows after some."""
+
+    def __init__(self, pruner: ImportancePruner, schedule: CubicSchedule) -> None:
+        self.pruner, self.schedule = pruner, schedule
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.pruner.update_importance(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        step = state.global_step + 1
+        keep = self.schedule(step)
+        self.progress = {"keep": keep}
+        if keep < 1.0 and (step % self.pruner.interval == 0 or keep == self.pruner.keep):
+            self.pruner.zero_rows(model, keep)
