@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -56,6 +57,18 @@ LPAF_MULTIVERSION BracketCounts<typename ScoreKey<Score>::Key> compare_with_brac
     return counts;
 }
 
+// Bit i of the result is flags[i], 0 or 1, for 64 flags (on a little-endian machine).
+inline std::uint64_t pack_flags(const std::uint8_t* flags) {
+    std::uint64_t bits = 0;
+    for (int byte = 0; byte < 8; ++byte) {
+        std::uint64_t eight = 0;
+        std::memcpy(&eight, flags + 8 * byte, 8);
+        // Each product term moves one flag into the top byte; no two meet, so nothing carries.
+        bits |= ((eight * 0x0102040810204080u) >> 56) << (8 * byte);
+    }
+    return bits;
+}
+
 // Selects from one list of spans without weights; `ParallelFor` as for RadixSelect.
 template <class Score, class ParallelFor>
 class BracketSelect {
@@ -99,7 +112,7 @@ class BracketSelect {
   private:
     static constexpr std::int64_t kMinSample = 512, kMaxSample = 1 << 13;
     static constexpr std::int64_t kSampleShare = 64;  // of the entries, between the two
-    static constexpr double kDeviations = 3.5;        // by which the bracket is wider than luck
+    static constexpr double kDeviations = 3;          // by which the bracket is wider than luck
     static constexpr std::size_t kBlock = 512;
     static constexpr std::int64_t kTieBlock = 512;
     static constexpr std::int64_t kInsideShare = 4;  // more of a piece than this part overflows
@@ -166,7 +179,7 @@ class BracketSelect {
         Found& found = found_[position];
         const auto size = static_cast<std::size_t>(piece.size);
         const std::size_t most = size / kInsideShare;
-        // Every position is stored and the end moves on a match, so one block's worth of places is spare.
+        // Room for one block more than the most: fullness is looked at once per block.
         found.inside = std::make_unique_for_overwrite<std::uint32_t[]>(most + kBlock);
         Key highest = 0, lowest = std::numeric_limits<Key>::max();
         std::uint32_t* const out = found.inside.get();
@@ -183,13 +196,10 @@ class BracketSelect {
             if (block < kBlock) std::fill(inside + block, inside + kBlock, std::uint8_t{0});
             found.overflow = found.overflow || listed > most;
             if (found.overflow) continue;
-            for (std::size_t i = 0; i < block; i += 8) {
-                std::uint64_t eight = 0;
-                std::memcpy(&eight, inside + i, 8);
-                if (eight == 0) continue;
-                for (std::size_t j = i; j < i + 8; ++j) {
-                    out[listed] = static_cast<std::uint32_t>(begin + j);
-                    listed += inside[j];
+            for (std::size_t i = 0; i < block; i += 64) {
+                for (std::uint64_t bits = pack_flags(inside + i); bits != 0; bits &= bits - 1) {
+                    out[listed++] = static_cast<std::uint32_t>(begin + i) +
+                                    static_cast<std::uint32_t>(std::countr_zero(bits));
                 }
             }
         }
@@ -227,6 +237,7 @@ class BracketSelect {
     // The n-th entry (from 1) of those inside the bracket is the last kept one.
     Threshold threshold_inside(std::int64_t n) const {
         std::vector<Key> keys;
+        keys.reserve(static_cast<std::size_t>(count([](const Found& found) { return found.listed; })));
         for (std::size_t position = 0; position < pieces_.size(); ++position) {
             for (const std::uint32_t i : found_[position].listing()) {
                 keys.push_back(Traits::key(pieces_[position].scores[i]));
