@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerState
 
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
 from lpaf.prune import CubicSchedule, MovementPruner
+from lpaf.prune.importance import ImportancePruner, sparse_linears
 from lpaf.prune.movement import masked_linears
+from lpaf_kernels import LowRankSparseLinear
 from tiny import write_model
 
 
@@ -96,3 +99,91 @@ def test_scores_accumulate_movement(model):
     model(input_ids=ids, labels=labels).loss.backward()
     torch.testing.assert_close(module.scores.grad, module.weight.detach() * effective.grad)
     torch.testing.assert_close(module.weight.grad, module.mask() * effective.grad)
+
+
+class TestImportance:
+    """LoSparse's neuron pruning."""
+
+    def test_attach_changes_the_outputs_by_rounding_only(self, model):
+        ids = torch.randint(5, 20, (2, 6))
+        before = model(input_ids=ids).logits
+        ImportancePruner(0.5, rank=4).attach(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+    def test_importance_is_the_mean_of_weight_times_gradient(self, model):
+        pruner = ImportancePruner(0.5, rank=4, beta=0.75)
+        pruner.attach(model)
+        expected = {name: 0.0 for name, _ in sparse_linears(model)}
+        for seed in range(2):
+            ids = torch.randint(5, 20, (4, 6), generator=torch.Generator().manual_seed(seed))
+            model.zero_grad()
+            model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+            pruner.update_importance(model)
+            for name, module in sparse_linears(model):
+                now = (module.sparse.detach() * module.sparse.grad).abs().mean(1)
+                expected[name] = 0.75 * expected[name] + 0.25 * now
+        for name, module in sparse_linears(model):
+            torch.testing.assert_close(module.importance, expected[name])
+            assert f"{name}.importance" in model.state_dict()
+
+    @pytest.mark.parametrize("scope", ["matrix", "global"])
+    def test_the_least_important_rows_go(self, model, scope):
+        pruner = ImportancePruner(0.3, rank=4, scope=scope)
+        pruner.attach(model)
+        modules = [module for _, module in sparse_linears(model)]
+        for index, module in enumerate(modules):
+            module.importance.uniform_().add_(index * (scope == "global"))
+        pruner.zero_rows(model, 0.3)
+        kept = [module.sparse.detach().any(1) for module in modules]
+        if scope == "matrix":
+            for module, rows in zip(modules, kept, strict=True):
+                assert int(rows.sum()) == int(0.3 * len(rows))
+                assert module.importance[rows].min() > module.importance[~rows].max()
+        else:
+            entries = sum(module.sparse.numel() for module in modules)
+            stays = sum(int(rows.sum()) * module.in_features for module, rows in zip(modules, kept, strict=True))
+            widest = max(module.in_features for module in modules)
+            assert 0.3 * entries - widest < stays <= 0.3 * entries
+
+    def test_detach_leaves_compact_layers_of_the_same_function(self, model):
+        pruner = ImportancePruner(0.5, rank=4)
+        pruner.attach(model)
+        for _, module in sparse_linears(model):
+            module.importance.uniform_()
+        pruner.zero_rows(model, 0.5)
+        ids = torch.randint(5, 20, (2, 6))
+        before = model(input_ids=ids).logits
+        importance = pruner.detach(model)
+        layers = {name: part for name, part in model.named_modules() if isinstance(part, LowRankSparseLinear)}
+        assert layers.keys() == importance.keys() == encoder_linears(model).keys()
+        assert {layer.rank for layer in layers.values()} == {4}
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+    def test_callback_prunes_between_warmup_and_end(self, model):
+        pruner = ImportancePruner(0.4, rank=4, warmup=0.1, cooldown=0.3, interval=10)
+        pruner.attach(model)
+        callback, state = pruner.callback(steps=100), TrainerState(global_step=0)
+        zeroed = []
+        pruner.zero_rows = lambda model, keep: zeroed.append((state.global_step + 1, keep))
+        for step in range(100):
+            state.global_step = step
+            callback.on_optimizer_step(None, state, None, model=model)
+        steps = [step for step, _ in zeroed]
+        assert steps == [*range(20, 70, 10), *range(70, 101)]
+        shares = [keep for _, keep in zeroed]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[-1] == 0.4
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"rank": 0}, "rank: must be at least 1"),
+            ({"scope": "row"}, "scope: expected"),
+            ({"interval": 0}, "interval: must be at least 1"),
+            ({"beta": 1.0}, r"beta: must be in \[0, 1\)"),
+            ({"keep": 0.0}, "keep: must be in"),
+        ],
+    )
+    def test_bad_input(self, options, text):
+        with pytest.raises(ValueError, match=text):
+            ImportancePruner(**{"keep": 0.5, "rank": 2, **options})

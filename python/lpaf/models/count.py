@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lpaf_kernels import LowRankSparseLinear, MixedRankLinear
+from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MixedRankLinear
 
 from ..errors import InputError
 from .targets import encoder_linears
@@ -25,10 +25,16 @@ from .targets import encoder_linears
 Shape = tuple[int, int]
 
 
+def _as_stored(module: nn.Module) -> nn.Module:
+    """The layer that stays of one that trains."""
+    if isinstance(module, MixedRankLinear):
+        return module.lowrank
+    return module.to_lowrank_sparse() if isinstance(module, LowRankPlusSparseLinear) else module
+
+
 def linear_params(module: nn.Module) -> int:
     """Stored weights of one linear; kept-column indices are counted, biases are not."""
-    if isinstance(module, MixedRankLinear):
-        module = module.lowrank
+    module = _as_stored(module)
     if isinstance(module, LowRankSparseLinear):
         kept = module.kept.numel()
         return module.down.numel() + module.up.numel() + kept
@@ -37,8 +43,7 @@ def linear_params(module: nn.Module) -> int:
 
 def linear_macs(module: nn.Module) -> int:
     """Multiply-accumulates of one linear for one token."""
-    if isinstance(module, MixedRankLinear):
-        module = module.lowrank
+    module = _as_stored(module)
     if isinstance(module, LowRankSparseLinear):
         return module.down.numel() + module.up.numel()
     return module.weight.numel()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lpaf_kernels import LowRankSparseLinear, MaskedLinear, MixedRankLinear
+from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MaskedLinear, MixedRankLinear
 
 from ..errors import InputError
 
@@ -78,7 +78,7 @@ LAYER_LINEARS: dict[str, dict[str, str]] = {
 }
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-COMPRESSED_TYPES = (LowRankSparseLinear, MixedRankLinear)
+COMPRESSED_TYPES = (LowRankSparseLinear, LowRankPlusSparseLinear, MixedRankLinear)
 
 
 @dataclass(frozen=True)
