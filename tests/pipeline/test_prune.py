@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
+from lpaf.errors import TrainingDivergedError
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
-from lpaf.prune import CubicSchedule, MovementPruner
+from lpaf.prune import CubicSchedule, HardMovementPruner, MovementPruner
 from lpaf.prune.importance import ImportancePruner, sparse_linears
 from lpaf.prune.movement import masked_linears
 from lpaf_kernels import LowRankSparseLinear
@@ -101,6 +102,62 @@ def test_scores_accumulate_movement(model):
     torch.testing.assert_close(module.weight.grad, module.mask() * effective.grad)
 
 
+class TestHardMovement:
+    """Movement pruning without masks: scores accumulate, pruned weights are zero at once."""
+
+    def test_accumulates_movement_and_zeroes(self, model):
+        pruner = HardMovementPruner(0.4)
+        pruner.attach(model)
+        ids, labels = torch.randint(5, 20, (4, 6)), torch.tensor([0, 1, 0, 1])
+        model(input_ids=ids, labels=labels).loss.backward()
+        linears = encoder_linears(model)
+        dense = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+        pruner.accumulate(model)
+        pruner.zero(model, 0.4)
+        for name, linear in linears.items():
+            torch.testing.assert_close(linear.movement, -dense[name] * linear.weight.grad)
+            kept = linear.weight != 0
+            assert int(kept.sum()) == int(0.4 * kept.numel() + 0.5)
+            assert torch.equal(linear.weight[kept], dense[name][kept])
+            assert f"{name}.movement" in model.state_dict()
+        scores = pruner.detach(model)
+        assert scores.keys() == linears.keys()
+        assert not any(name.endswith("movement") for name in model.state_dict())
+
+    def test_the_score_of_a_zeroed_weight_stands_still(self, model):
+        pruner = HardMovementPruner(0.5)
+        pruner.attach(model)
+        callback = pruner.callback(steps=10)
+        state = TrainerState(global_step=9)
+        ids, labels = torch.randint(5, 20, (4, 6)), torch.tensor([0, 1, 0, 1])
+        for _ in range(2):
+            model.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            before = {name: linear.movement.clone() for name, linear in encoder_linears(model).items()}
+            zeros = {name: linear.weight == 0 for name, linear in encoder_linears(model).items()}
+            callback.on_pre_optimizer_step(None, state, None, model=model)
+            callback.on_optimizer_step(None, state, None, model=model)
+        for name, linear in encoder_linears(model).items():
+            assert zeros[name].float().mean() == 0.5
+            assert torch.equal(linear.movement[zeros[name]], before[name][zeros[name]])
+        assert callback.progress == {"keep": 0.5}
+
+    def test_bad_scope(self):
+        with pytest.raises(ValueError, match="scope: expected 'matrix' or 'global', got 'row'"):
+            HardMovementPruner(0.5, scope="row")
+
+
+def test_nan_scores_stop_the_run_when_it_logs(model):
+    """On a GPU the selection marks NaN scores by a NaN threshold."""
+    pruner = MovementPruner(0.5)
+    pruner.attach(model)
+    callback = pruner.callback(steps=10)
+    callback.on_log(None, TrainerState(global_step=3), None, model=model)
+    next(iter(masked_linears(model)))[1].threshold_value.fill_(float("nan"))
+    with pytest.raises(TrainingDivergedError, match="scores became NaN by update 3"):
+        callback.on_log(None, TrainerState(global_step=3), None, model=model)
+
+
 class TestImportance:
     """LoSparse's neuron pruning."""
 
@@ -125,6 +182,17 @@ class TestImportance:
         for name, module in sparse_linears(model):
             torch.testing.assert_close(module.importance, expected[name])
             assert f"{name}.importance" in model.state_dict()
+
+    def test_uncertainty_multiplies_importance(self, model):
+        pruner = ImportancePruner(0.5, rank=4, beta=0.75, uncertainty=0.9)
+        pruner.attach(model)
+        ids = torch.randint(5, 20, (4, 6))
+        model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        pruner.update_importance(model)
+        for _, module in sparse_linears(model):
+            now = (module.sparse.detach() * module.sparse.grad).abs()
+            smooth = 0.25 * now
+            torch.testing.assert_close(module.importance, (smooth * 0.1 * (now - smooth).abs()).mean(1))
 
     @pytest.mark.parametrize("scope", ["matrix", "global"])
     def test_the_least_important_rows_go(self, model, scope):

@@ -32,6 +32,7 @@ def test_a_step_trains_what_the_stage_trains(stage, bf16):
     suffixes = {
         "fine-tuning": ("weight",),
         "pruning": ("weight", "scores"),
+        "pruning-hard": ("weight",),
         "pruning-published": ("weight", "scores"),
         "losparse": ("down", "up", "sparse"),
         "mixed-rank": ("lowrank.down", "lowrank.up"),
@@ -41,6 +42,8 @@ def test_a_step_trains_what_the_stage_trains(stage, bf16):
     if stage == "pruning":
         masks = [module.mask() for module in step.model.modules() if isinstance(module, MaskedLinear)]
         assert all(mask.float().mean() < 0.8 for mask in masks)
+    if stage == "pruning-hard":
+        assert all((linear.weight == 0).float().mean() > 0.2 for linear in encoder_linears(step.model).values())
 
 
 def test_published_masks_are_ours():

@@ -22,7 +22,7 @@ from ..models.count import matrix_shapes, resolve_rank
 from ..models.device import device_name, resolve_device
 from ..models.targets import encoder_linears
 from ..prune.importance import ImportancePruner
-from ..prune.movement import MovementPruner
+from ..prune.movement import HardMovementPruner, MovementPruner
 from ..retrain.mixed_rank import MixedRank
 from ..retrain.objective import Objective
 from ..retrain.trainer import TrainOptions, make_optimizer
@@ -66,6 +66,12 @@ def _prune(model: nn.Module, rank: int) -> list[TrainerCallback]:
     return [pruner.callback(STEPS)]
 
 
+def _prune_hard(model: nn.Module, rank: int) -> list[TrainerCallback]:
+    pruner = HardMovementPruner(KEEP)
+    pruner.attach(model)
+    return [pruner.callback(STEPS)]
+
+
 def _prune_published(model: nn.Module, rank: int) -> list[TrainerCallback]:
     for linear in encoder_linears(model).values():
         linear.scores = nn.Parameter(torch.zeros_like(linear.weight))
@@ -90,6 +96,7 @@ def _mixed_rank(model: nn.Module, rank: int) -> list[TrainerCallback]:
 STAGES: dict[str, tuple[Callable[[nn.Module, int], list[TrainerCallback]], int]] = {
     "fine-tuning": (_finetune, 1),
     "pruning": (_prune, 1),
+    "pruning-hard": (_prune_hard, 1),
     "pruning-published": (_prune_published, 1),
     "losparse": (_losparse, 1),
     "mixed-rank": (_mixed_rank, 2),

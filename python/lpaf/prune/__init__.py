@@ -1,9 +1,10 @@
-"""Pruners: ``PRUNERS[name](keep=..., scope=..., warmup=..., cooldown=...)``."""
+"""Pruners: ``PRUNERS[name](keep=..., scope=..., warmup=..., cooldown=...)``, some with more."""
 
-from .movement import MovementPruner
+from .importance import ImportancePruner
+from .movement import HardMovementPruner, MovementPruner
 from .schedule import CubicSchedule
 
 #: name -> class with attach(model), callback(steps), detach(model) -> scores
-PRUNERS = {"movement": MovementPruner}
+PRUNERS = {"movement": MovementPruner, "hard-movement": HardMovementPruner, "importance": ImportancePruner}
 
-__all__ = ["PRUNERS", "CubicSchedule", "MovementPruner"]
+__all__ = ["PRUNERS", "CubicSchedule", "HardMovementPruner", "ImportancePruner", "MovementPruner"]

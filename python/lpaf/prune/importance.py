@@ -14,10 +14,17 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import LowRankPlusSparseLinear, keep_threshold, update_importance_, weighted_svd, zero_pruned_
+from lpaf_kernels import (
+    LowRankPlusSparseLinear,
+    keep_threshold,
+    update_importance_,
+    update_sensitivity_,
+    weighted_svd,
+    zero_pruned_,
+)
 
 from ..models.targets import encoder_linears
-from .schedule import CubicSchedule
+from .schedule import CubicSchedule, check_scope
 
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, LowRankPlusSparseLinear]]:
@@ -35,6 +42,8 @@ class ImportancePruner:
         warmup, cooldown: see :class:`CubicSchedule`.
         beta: decay of the moving average.
         interval: steps between selections before the cool-down.
+        uncertainty: decay of PLATON's uncertainty, by which importance is multiplied per weight (Zhang et al., 2022);
+            keeps two numbers per weight. Default: None, importance alone.
     """
 
     def __init__(
@@ -46,18 +55,19 @@ class ImportancePruner:
         cooldown: float = 0.3,
         beta: float = 0.85,
         interval: int = 10,
+        uncertainty: float | None = None,
     ) -> None:
-        if scope not in ("matrix", "global"):
-            raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
+        check_scope(scope)
         if rank < 1:
             raise ValueError(f"rank: must be at least 1, got {rank}")
         if interval < 1:
             raise ValueError(f"interval: must be at least 1, got {interval}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta: must be in [0, 1), got {beta}")
+        for name, value in (("beta", beta), ("uncertainty", uncertainty)):
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}: must be in [0, 1), got {value}")
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.rank, self.scope, self.warmup, self.cooldown = keep, rank, scope, warmup, cooldown
-        self.beta, self.interval = beta, interval
+        self.beta, self.interval, self.uncertainty = beta, interval, uncertainty
 
     def attach(self, model: nn.Module) -> None:
         """Replace every encoder linear of ``model`` by U V + S, the same function."""
@@ -68,8 +78,11 @@ class ImportancePruner:
             safe = torch.where(roots > 0, roots, 1.0)
             factors = (a / safe, b * roots[:, None])
             module = LowRankPlusSparseLinear.from_linear(linear, self.rank, factors)
-            # A buffer, so that checkpoints hold it.
+            # Buffers, so that checkpoints hold them.
             module.register_buffer("importance", linear.weight.new_zeros(linear.out_features, dtype=torch.float32))
+            if self.uncertainty is not None:
+                for state in ("sensitivity", "uncertainty"):
+                    module.register_buffer(state, torch.zeros_like(module.sparse, dtype=torch.float32))
             model.set_submodule(name, module)
 
     def update_importance(self, model: nn.Module) -> None:
@@ -77,7 +90,13 @@ class ImportancePruner:
         modules = [module for _, module in sparse_linears(model)]
         weights = [module.sparse for module in modules]
         grads = [weight.grad for weight in weights]
-        update_importance_([module.importance for module in modules], weights, grads, beta=self.beta)
+        if self.uncertainty is None:
+            update_importance_([module.importance for module in modules], weights, grads, beta=self.beta)
+            return
+        states = [module.sensitivity for module in modules], [module.uncertainty for module in modules]
+        rows = update_sensitivity_(*states, weights, grads, beta1=self.beta, beta2=self.uncertainty)
+        for module, importance in zip(modules, rows, strict=True):
+            module.importance.copy_(importance)
 
     def zero_rows(self, model: nn.Module, keep: float) -> None:
         """Zero the rows of S outside the most important ``keep`` share."""

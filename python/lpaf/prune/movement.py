@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import MaskedLinear, keep_threshold
+from lpaf_kernels import MaskedLinear, accumulate_movement_, keep_threshold, zero_pruned_
 
+from ..errors import TrainingDivergedError
 from ..models.targets import encoder_linears
-from .schedule import CubicSchedule
+from .schedule import CubicSchedule, check_scope
 
 
 def masked_linears(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
@@ -44,8 +45,7 @@ class MovementPruner:
     ) -> None:
         if score_init < 0:
             raise ValueError(f"score_init: must be 0 or more, got {score_init}")
-        if scope not in ("matrix", "global"):
-            raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
+        check_scope(scope)
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
         self.score_init = score_init
@@ -90,3 +90,74 @@ class PruningCallback(TrainerCallback):
         keep = self.schedule(state.global_step)
         self.pruner.update_masks(model, keep)
         self.progress = {"keep": keep}
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        """On a GPU NaN scores make a NaN threshold, which nothing waits for; logging reads results anyway."""
+        values = [module.threshold_value for _, module in masked_linears(model)]
+        if values and bool(torch.stack(values).isnan().any()):
+            raise TrainingDivergedError(
+                f"prune: scores became NaN by update {state.global_step}; pass a smaller --score-lr, or check the data"
+            )
+
+
+class HardMovementPruner:
+    """Movement pruning as LPAF's text has it: S accumulates -W dL/dW, and pruned weights are zeroed on the spot.
+
+    The layers stay plain, the scores have no optimizer, and the score of a zeroed weight stands still (W dL/dW = 0), so
+    that it hardly returns. A step costs what a fine-tuning step costs and one pass over W, its gradient and S.
+
+    Args:
+        keep, scope, warmup, cooldown: as for :class:`MovementPruner`. Scores start at zero and rank by their order
+            alone, whatever the learning rate.
+    """
+
+    def __init__(self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3) -> None:
+        check_scope(scope)
+        CubicSchedule(keep, 1, warmup, cooldown)
+        self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
+
+    def attach(self, model: nn.Module) -> None:
+        """Give every encoder linear of ``model`` a score per weight, as a buffer that checkpoints hold."""
+        for linear in encoder_linears(model).values():
+            linear.register_buffer("movement", torch.zeros_like(linear.weight, dtype=torch.float32))
+
+    def accumulate(self, model: nn.Module) -> None:
+        """Add the movement of the gradients that the parameters hold now (Eq. 4)."""
+        linears = encoder_linears(model).values()
+        weights = [linear.weight for linear in linears]
+        accumulate_movement_([linear.movement for linear in linears], weights, [weight.grad for weight in weights])
+
+    def zero(self, model: nn.Module, keep: float) -> None:
+        """Zero the weights outside the top ``keep`` share of the scores."""
+        linears = encoder_linears(model).values()
+        scores = [linear.movement for linear in linears]
+        zero_pruned_([linear.weight for linear in linears], keep_threshold(scores, keep, scope=self.scope), scores)
+
+    def callback(self, steps: int) -> HardPruningCallback:
+        """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
+        return HardPruningCallback(self, CubicSchedule(self.keep, steps, self.warmup, self.cooldown))
+
+    def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Zero the pruned weights for good, and return the scores: name -> [out, in] float32."""
+        self.zero(model, self.keep)
+        scores = {}
+        for name, linear in encoder_linears(model).items():
+            scores[name] = linear.movement
+            del linear.movement
+        return scores
+
+
+class HardPruningCallback(TrainerCallback):
+    """Accumulates before every optimizer step and zeroes after it."""
+
+    def __init__(self, pruner: HardMovementPruner, schedule: CubicSchedule) -> None:
+        self.pruner, self.schedule = pruner, schedule
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.pruner.accumulate(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        keep = self.schedule(state.global_step + 1)
+        self.progress = {"keep": keep}
+        if keep < 1.0:
+            self.pruner.zero(model, keep)

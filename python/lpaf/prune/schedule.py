@@ -1,8 +1,14 @@
-"""The cubic sparsity schedule (LPAF Eq. 5)."""
+"""What pruners share: where scores are ranked, and the cubic sparsity schedule (LPAF Eq. 5)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+def check_scope(scope: str) -> None:
+    """ValueError unless ``scope`` says where scores are ranked."""
+    if scope not in ("matrix", "global"):
+        raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
 
 
 @dataclass(frozen=True)
