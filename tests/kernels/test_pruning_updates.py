@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ from lpaf_kernels.ops.pruning_updates import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(7, 31), (1, 1300), (700, 1), (0, 5), (5, 0), (64, 128), (1, 1), (33, 515), (33, 520), (40, 264), (9, 4096)]
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -202,12 +207,18 @@ def test_uncertainty_is_measured_against_the_new_average():
     assert row.tolist() == [1.5]
 
 
-def test_ties_are_resolved_by_index():
-    weights = [torch.ones(3, 4), torch.ones(4, 2)]
-    scores = [torch.zeros(3, 4), torch.zeros(4)]
+def check_ties(device: str = "cpu") -> None:
+    """Masses of equal scores, more than one thread or thread block takes: the first half stays."""
+    weights = [torch.ones(300, 200, device=device) for _ in range(2)]
+    scores = [torch.zeros(300, 200, device=device), torch.zeros(300, device=device)]
     zero_pruned_(weights, keep_threshold(scores, 0.5), scores)
-    assert weights[0].flatten().tolist() == [1.0] * 6 + [0.0] * 6
-    assert weights[1].tolist() == [[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2
+    for weight in weights:
+        assert weight[:150].all()
+        assert not weight[150:].any()
+
+
+def test_ties_are_resolved_by_index():
+    check_ties()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -367,12 +378,27 @@ def test_bad_input(function, arguments, error, text):
         function(*arguments)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_launch_covers_every_tile(tmp_path):
+    """What finds a thread block its matrix has no CUDA in it, so it runs here."""
+    source, program = Path(__file__).with_name("tensor_table_tiles.cpp"), tmp_path / "tiles"
+    includes = f"-I{source.parents[2] / 'csrc'}"
+    subprocess.run([COMPILER, "-std=c++20", "-Wall", "-Wextra", "-Werror", includes, source, "-o", program], check=True)
+    assert subprocess.run([program]).returncode == 0
+
+
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", PLACEMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_gpu(dtype, place):
     check_everything(Problem([*SHAPES, (768, 768), (300, 3072)], dtype, place, "cuda"))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_ties_on_a_gpu():
+    check_ties("cuda")
 
 
 @needs_gpu
