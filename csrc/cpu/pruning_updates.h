@@ -145,16 +145,33 @@ void update_sensitivity(const Weight* weights, const Weight* grads, Rates<Wide<W
     }
 }
 
+// The next two look at the bits of 16-bit types: that is exact, and compilers vectorise it.
+template <class Weight>
+bool is_nonzero(Weight weight) {
+    if constexpr (sizeof(Weight) == 2) {
+        return (weight.bits & 0x7FFF) != 0;
+    } else {
+        return weight != 0;
+    }
+}
+
+template <class Weight>
+Weight kept_or_zero(bool kept, Weight weight) {
+    if constexpr (sizeof(Weight) == 2) {
+        return {static_cast<std::uint16_t>(kept ? weight.bits : 0)};
+    } else {
+        return kept ? weight : Weight{0};
+    }
+}
+
 // Rows whose score is not kept become 0. A matrix with a score per entry has rows of one column.
 template <class Weight>
 void zero_pruned(const Wide<Weight>* __restrict scores, Wide<Weight> value, std::int64_t tie_index,
                  std::int64_t rows, std::int64_t columns, Weight* __restrict weights) {
     split_at_tie(rows, value, tie_index, [=](std::int64_t begin, std::int64_t end, auto is_kept) {
         if (columns == 1) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                const Weight weight = weights[i];
-                weights[i] = is_kept(scores[i]) ? weight : Weight{};
-            }
+            for (std::int64_t i = begin; i < end; ++i)
+                weights[i] = kept_or_zero(is_kept(scores[i]), weights[i]);
             return;
         }
         for (std::int64_t row = begin; row < end; ++row) {
@@ -179,7 +196,7 @@ Counts count_nonzero(const Weight* weights, std::int64_t rows, std::int64_t colu
         for (std::int64_t begin = 0; begin < columns; begin += kBlock) {
             const std::int64_t count = std::min(kBlock, columns - begin);
             const Weight* entries = weights + row * columns + begin;
-            for (std::int64_t i = 0; i < count; ++i) nonzero[i] = widen(entries[i]) != 0;
+            for (std::int64_t i = 0; i < count; ++i) nonzero[i] = is_nonzero(entries[i]);
             std::int32_t in_block = 0;
             for (std::int64_t i = 0; i < count; ++i) {
                 in_block += nonzero[i];

@@ -15,7 +15,7 @@
 #include "cuda/binding.h"
 #include "tensor_lists.h"
 
-namespace lpaf::cuda {
+namespace lpaf::cuda::pruning {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
@@ -170,12 +170,12 @@ Tensor sparsity_statistics_op(TensorList weights) {
 }
 
 }  // namespace
-}  // namespace lpaf::cuda
+}  // namespace lpaf::cuda::pruning
 
 STABLE_TORCH_LIBRARY_IMPL(lpaf_kernels, CUDA, m) {
-    m.impl("accumulate_movement", TORCH_BOX(&lpaf::cuda::accumulate_movement_op));
-    m.impl("update_importance", TORCH_BOX(&lpaf::cuda::update_importance_op));
-    m.impl("update_sensitivity", TORCH_BOX(&lpaf::cuda::update_sensitivity_op));
-    m.impl("zero_pruned", TORCH_BOX(&lpaf::cuda::zero_pruned_op));
-    m.impl("sparsity_statistics", TORCH_BOX(&lpaf::cuda::sparsity_statistics_op));
+    m.impl("accumulate_movement", TORCH_BOX(&lpaf::cuda::pruning::accumulate_movement_op));
+    m.impl("update_importance", TORCH_BOX(&lpaf::cuda::pruning::update_importance_op));
+    m.impl("update_sensitivity", TORCH_BOX(&lpaf::cuda::pruning::update_sensitivity_op));
+    m.impl("zero_pruned", TORCH_BOX(&lpaf::cuda::pruning::zero_pruned_op));
+    m.impl("sparsity_statistics", TORCH_BOX(&lpaf::cuda::pruning::sparsity_statistics_op));
 }

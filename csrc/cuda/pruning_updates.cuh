@@ -14,7 +14,7 @@
 #include "cuda/scalar_types.cuh"
 #include "cuda/tensor_table.h"
 
-namespace lpaf::cuda {
+namespace lpaf::cuda::pruning {
 
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
@@ -337,4 +337,4 @@ struct StatisticsEntry {
     }
 };
 
-}  // namespace lpaf::cuda
+}  // namespace lpaf::cuda::pruning

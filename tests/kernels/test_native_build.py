@@ -241,8 +241,8 @@ def test_pure_python_build_has_one_warning(source_tree, environment, reason):
 
 def test_required_build_shows_the_end_of_the_failing_log(source_tree):
     (source_tree / "csrc" / "native.cpp").write_text("#error this line must be shown\n")
-    (source_tree / "csrc" / "cpu" / "masked_linear.cpp").write_text("")
-    (source_tree / "csrc" / "cpu" / "keep_threshold.cpp").write_text("")
+    for name in ("keep_threshold.cpp", "masked_linear.cpp", "pruning_updates.cpp"):
+        (source_tree / "csrc" / "cpu" / name).write_text("")
     program("c++", "g++", "clang++")
     done = run_setup(source_tree, "build", LPAF_CUDA="off", LPAF_NATIVE="required")
     assert done.returncode != 0
@@ -339,8 +339,9 @@ def test_build_refuses_a_cuda_kernel_with_a_stack(source_tree):
     """Where cuobjdump is not installed this is the proof: the compiler flags make a stack an error."""
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("nvcc is not installed")
-    for name in ("masked_linear.cpp", "keep_threshold.cpp"):
+    for name in ("masked_linear.cpp", "keep_threshold.cpp", "pruning_updates.cpp"):
         (source_tree / "csrc" / "cpu" / name).write_text("")
+    (source_tree / "csrc" / "cuda" / "pruning_updates.cu").write_text("")
     (source_tree / "csrc" / "cuda" / "masked_linear.cu").write_text(
         "__global__ void kernel(const int* index, float* out) {\n"
         "    float local[64];\n"

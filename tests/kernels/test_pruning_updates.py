@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +34,8 @@ from lpaf_kernels.ops.pruning_updates import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-SHAPES = [(7, 31), (1, 1300), (700, 1), (0, 5), (5, 0), (64, 128), (1, 1), (33, 515), (40, 264)]
+SHAPES = [(7, 31), (1, 1300), (700, 1), (0, 5), (5, 0), (64, 128), (1, 1), (33, 515), (33, 520), (40, 264), (9, 4096)]
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -45,15 +50,24 @@ def strided(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-class Problem:
-    """Matrices, their gradients and states that are not zero; ``is_strided`` scatters every other tensor."""
+def offset(tensor: Tensor) -> Tensor:
+    """The same entries in a row, but not where a vector may begin; beside them lie NaN."""
+    flat = torch.full((tensor.numel() + 2,), math.nan, dtype=tensor.dtype, device=tensor.device)
+    return flat[1:-1].view(tensor.shape).copy_(tensor)
 
-    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype, is_strided: bool = False, device="cpu"):
+
+PLACEMENTS = {"contiguous": torch.clone, "strided": strided, "offset": offset}
+
+
+class Problem:
+    """Matrices, their gradients and states that are not zero; every other tensor lies in memory as ``place`` says."""
+
+    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype, place: str = "contiguous", device="cpu"):
         state = state_dtype(dtype)
 
         def draw(shapes: list, to: torch.dtype) -> list[Tensor]:
             tensors = [torch.randn(shape).to(device, to) for shape in shapes]
-            return [strided(t) if is_strided and i % 2 else t for i, t in enumerate(tensors)]
+            return [PLACEMENTS[place](t) if i % 2 else t for i, t in enumerate(tensors)]
 
         self.weights = draw(shapes, dtype)
         self.grads = draw(shapes, dtype)
@@ -64,8 +78,14 @@ class Problem:
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Clones, contiguous or not as the tensors are."""
-    return [tensor.clone() if tensor.is_contiguous() else strided(tensor) for tensor in tensors]
+    """Clones that lie in memory as the tensors do."""
+
+    def place(tensor: Tensor) -> Callable:
+        if not tensor.is_contiguous():
+            return strided
+        return offset if tensor.storage_offset() else torch.clone
+
+    return [place(tensor)(tensor) for tensor in tensors]
 
 
 def check_update(reference: Callable, before: list[list[Tensor]], after: list[list[Tensor]], *rates: float) -> None:
@@ -125,22 +145,22 @@ def check_everything(problem: Problem) -> None:
     check_statistics(problem.weights)
 
 
-@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("place", PLACEMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_float64(dtype, is_strided):
-    check_everything(Problem(SHAPES, dtype, is_strided))
+def test_matches_float64(dtype, place):
+    check_everything(Problem(SHAPES, dtype, place))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70) | st.integers(500, 1100)), max_size=3),
     dtype=st.sampled_from(DTYPES),
-    is_strided=st.booleans(),
+    place=st.sampled_from(list(PLACEMENTS)),
     seed=st.integers(0, 2**31),
 )
-def test_matches_float64_on_drawn_shapes(shapes, dtype, is_strided, seed):
+def test_matches_float64_on_drawn_shapes(shapes, dtype, place, seed):
     torch.manual_seed(seed)
-    check_everything(Problem([(16, 40), *shapes], dtype, is_strided))
+    check_everything(Problem([(16, 40), *shapes], dtype, place))
 
 
 def test_many_matrices():
@@ -187,12 +207,18 @@ def test_uncertainty_is_measured_against_the_new_average():
     assert row.tolist() == [1.5]
 
 
-def test_ties_are_resolved_by_index():
-    weights = [torch.ones(3, 4), torch.ones(4, 2)]
-    scores = [torch.zeros(3, 4), torch.zeros(4)]
+def check_ties(device: str = "cpu") -> None:
+    """Masses of equal scores, more than one thread or thread block takes: the first half stays."""
+    weights = [torch.ones(300, 200, device=device) for _ in range(2)]
+    scores = [torch.zeros(300, 200, device=device), torch.zeros(300, device=device)]
     zero_pruned_(weights, keep_threshold(scores, 0.5), scores)
-    assert weights[0].flatten().tolist() == [1.0] * 6 + [0.0] * 6
-    assert weights[1].tolist() == [[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2
+    for weight in weights:
+        assert weight[:150].all()
+        assert not weight[150:].any()
+
+
+def test_ties_are_resolved_by_index():
+    check_ties()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -352,12 +378,27 @@ def test_bad_input(function, arguments, error, text):
         function(*arguments)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_launch_covers_every_tile(tmp_path):
+    """What finds a thread block its matrix has no CUDA in it, so it runs here."""
+    source, program = Path(__file__).with_name("tensor_table_tiles.cpp"), tmp_path / "tiles"
+    includes = f"-I{source.parents[2] / 'csrc'}"
+    subprocess.run([COMPILER, "-std=c++20", "-Wall", "-Wextra", "-Werror", includes, source, "-o", program], check=True)
+    assert subprocess.run([program]).returncode == 0
+
+
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("place", PLACEMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_gpu(dtype, is_strided):
-    check_everything(Problem([*SHAPES, (768, 768), (300, 3072)], dtype, is_strided, "cuda"))
+def test_on_a_gpu(dtype, place):
+    check_everything(Problem([*SHAPES, (768, 768), (300, 3072)], dtype, place, "cuda"))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_ties_on_a_gpu():
+    check_ties("cuda")
 
 
 @needs_gpu
