@@ -22,6 +22,7 @@ PUBLIC = [
     "MaskedLinear",
     "MixedRankLinear",
     "Norm",
+    "PackedMask",
     "__version__",
     "build_info",
     "clear_paths",
