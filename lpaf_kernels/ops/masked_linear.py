@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import library, register_autocast, register_fallback
+from ..tuning import masked_linear as plans
 from ._checks import check_device, check_floating, check_shape
 from .keep_threshold import KeepThreshold, PackedMask, threshold_mask
 
@@ -263,17 +264,24 @@ def _gradients_fake(grad, x, weight, scores_shape, scores_dtype, needs):
     )
 
 
-def _masked_linear(
+def cast_forward(
     x: Tensor, weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, bias: Tensor | None
 ) -> Tensor:
+    """The mask is folded into the weight's cast, then torch multiplies."""
     return _linear(x, _by_threshold(weight, scores, value, tie_index, x.dtype), bias)
+
+
+def _cuda_forward(*arguments) -> Tensor:
+    """By the Triton kernels where the tables prefer them."""
+    y = plans.cuda_forward(plans.Problem(*arguments))
+    return cast_forward(*arguments) if y is None else y
 
 
 def _masked_linear_fake(x, weight, scores, value, tie_index, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _masked_linear_backward(
+def cast_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, needs: list[bool]
 ) -> Gradients:
     def mask(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,6 +293,26 @@ def _masked_linear_backward(
         return function(grad_weight, weight, scores, value, tie_index)
 
     return _gradients(grad, x, weight, needs, mask, both)
+
+
+def completed(
+    found: tuple[Tensor | None, tuple[Tensor, Tensor] | None],
+    grad: Tensor,
+    problem: plans.Problem,
+    needs: Sequence[bool],
+) -> Gradients:
+    """All needed gradients: (d x, (d weight, d scores)) as far as they were ``found``, the others by the cast."""
+    d_x, both = found
+    missing = [needs[0] and d_x is None, *(need and both is None for need in needs[1:3]), needs[3]]
+    by_cast = cast_backward(grad, *problem[:5], missing)
+    return by_cast[0] if d_x is None else d_x, *(by_cast[1:3] if both is None else both), by_cast[3]
+
+
+def _cuda_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, value: Tensor, tie_index: Tensor, needs: list[bool]
+) -> Gradients:
+    problem = plans.Problem(x, weight, scores, value, tie_index, None)
+    return completed(plans.cuda_backward(problem, grad, needs), grad, problem, needs)
 
 
 def _masked_linear_backward_fake(grad, x, weight, scores, value, tie_index, needs):
@@ -363,9 +391,11 @@ def _cast(dtype, x, *mask_and_bias):
     return x.to(dtype), *mask, None if bias is None else bias.to(dtype)
 
 
+register_fallback("masked_linear", _cuda_forward, ("CUDA",))
+register_fallback("masked_linear_backward", _cuda_backward, ("CUDA",))
 for _name, _kernel, _fake in (
-    ("masked_linear", _masked_linear, _masked_linear_fake),
-    ("masked_linear_backward", _masked_linear_backward, _masked_linear_backward_fake),
+    ("masked_linear", cast_forward, _masked_linear_fake),
+    ("masked_linear_backward", cast_backward, _masked_linear_backward_fake),
     ("masked_linear_weight", _masked_weight, _masked_weight_fake),
     ("masked_linear_grads", _grads, _grads_fake),
     ("masked_linear_pack", _pack, _pack_fake),
