@@ -631,6 +631,35 @@ def _check_masked(seed: int) -> None:
     assert not found[2][~mask].any()
 
 
+def check_masked_linear_plan(seed: int) -> None:
+    """Forward and backward as the plan "kernels" makes them, from arguments as the operator gets them."""
+    from lpaf_kernels.ops import masked_linear as op
+    from lpaf_kernels.tuning import MaskedShape, Plan
+    from lpaf_kernels.tuning import masked_linear as plans
+    from lpaf_kernels.tuning.tune import double
+    from lpaf_kernels.tuning.tune_masked_linear import make_masked_problem
+
+    torch.manual_seed(seed)
+    shape = MaskedShape("masked_linear", "forward", "bfloat16", 48, 32, ("float32", "bfloat16")[seed % 2])
+    problem = make_masked_problem(2 * 9, shape, "cpu")
+    grad = torch.randn(2, 9, 32).bfloat16()
+    # As from a transpose and a wider tensor: neither in one piece.
+    x = torch.randn(9, 2, 53).bfloat16()[..., 5:].transpose(0, 1)
+    problem = problem._replace(x=x, weight=problem.weight.t().contiguous().t(), bias=(None, problem.bias)[seed % 2])
+    plan = Plan("kernels", (("masked_grads-64x64x64-w4-s3-p1-r272",) if seed == 2 else ()))
+    prepared, needs = problem.prepared(), (True, True, True, seed != 1)
+    actual = [plans.forward(Plan("kernels"), prepared, 90)]
+    found = plans.backward(plan, prepared, plans.matrix(grad), needs, 90)
+    assert (found[0] is None) == (seed == 2)
+    actual += op.completed(found, plans.matrix(grad), prepared, needs)
+    references = []
+    for given in (problem, double(problem)):
+        own = grad.to(given.x.dtype)
+        references.append([op.cast_forward(*given), *op.cast_backward(own, *given[:5], needs)])
+    for result, chained, exact in zip(actual, *references, strict=True):
+        check_accurate(result.view(exact.shape), chained, exact)
+
+
 def is_interpreting() -> bool:
     import triton
 

@@ -26,6 +26,12 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(3))
+def test_interpreted_plan(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_masked_linear_plan, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", range(SEEDS))
