@@ -203,11 +203,15 @@ __global__ void __launch_bounds__(kThreads)
             for (int i = 0; i < 8; i += kWidth) {
                 const auto flags = reader.template load<kWidth>(first + i);
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) result |= (flags.kept[j] ? 1u : 0u) << (i + j);
+                for (int j = 0; j < kWidth; ++j) {
+                    const unsigned bit = flags.kept[j];
+                    result |= bit << (i + j);
+                }
             }
         } else {
             for (int i = 0; first + i < size; ++i) {
-                result |= (reader.template load<1>(first + i).kept[0] ? 1u : 0u) << i;
+                const unsigned bit = reader.template load<1>(first + i).kept[0];
+                result |= bit << i;
             }
         }
         bits[byte] = static_cast<uint8_t>(result);
