@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -354,8 +355,14 @@ def _packed_backward_fake(grad, x, weight, bits, rows, cols, scores_dtype, needs
     return _gradients_fake(grad, x, weight, (rows, cols), scores_dtype, needs)
 
 
-def _needed(grads: Gradients, needs: list[bool]) -> list[Tensor | None]:
-    return [d if need else None for d, need in zip(grads, needs, strict=True)]
+def _differentiate(backward: Callable, grad: Tensor, *arguments) -> list[Tensor | None]:
+    """The gradients that the last argument says are needed, None of the others."""
+    # A backward runs under whatever autocast surrounds it; these products take the forward's dtype.
+    kind = grad.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        grads = backward(grad, *arguments)
+    return [d if need else None for d, need in zip(grads, arguments[-1], strict=True)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -365,8 +372,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-    grads = torch.ops.lpaf_kernels.masked_linear_backward(grad, *ctx.saved_tensors, needs)
-    d_x, d_weight, d_scores, d_bias = _needed(grads, needs)
+    backward = torch.ops.lpaf_kernels.masked_linear_backward
+    d_x, d_weight, d_scores, d_bias = _differentiate(backward, grad, *ctx.saved_tensors, needs)
     return d_x, d_weight, d_scores, None, None, d_bias
 
 
@@ -378,8 +385,8 @@ def _setup_packed_context(ctx, inputs, output) -> None:
 
 def _packed_backward_of(ctx, grad):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 6)]
-    grads = torch.ops.lpaf_kernels.masked_linear_packed_backward(grad, *ctx.saved_tensors, *ctx.mask, needs)
-    d_x, d_weight, d_scores, d_bias = _needed(grads, needs)
+    backward = torch.ops.lpaf_kernels.masked_linear_packed_backward
+    d_x, d_weight, d_scores, d_bias = _differentiate(backward, grad, *ctx.saved_tensors, *ctx.mask, needs)
     return d_x, d_weight, d_scores, None, None, None, d_bias
 
 

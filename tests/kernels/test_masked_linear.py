@@ -253,6 +253,18 @@ def test_autocast(mode):
     assert weight.grad[0, 1] != 0.0
 
 
+@pytest.mark.parametrize("blocks", [(6, 7), (2, 1)])
+def test_backward_under_autocast_keeps_the_forwards_dtype(blocks):
+    x, weight, _, bias = make()
+    scores = torch.randn(blocks, requires_grad=True)
+    y = masked_linear(x, weight, scores, 0.0, bias)
+    grad = torch.randn_like(y)
+    inputs = [x, weight, scores, bias]
+    expected = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, torch.autograd.grad(y, inputs, grad), expected))
+
+
 def test_mixed_dtypes():
     x, weight, scores, bias = make()
     y = masked_linear(x.double(), weight, scores, 0.0, bias)

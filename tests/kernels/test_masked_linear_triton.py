@@ -16,7 +16,7 @@ from lpaf_kernels.triton.launch import LAUNCHES, candidates, tile_launch
 from lpaf_kernels.triton.shipped import MASKED_ALL_CASES, MASKED_CORE_CASES, MASKED_KERNELS, faults
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-SEEDS = 48
+SEEDS = 36
 
 
 @needs_triton
