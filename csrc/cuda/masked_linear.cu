@@ -1,4 +1,4 @@
-// lpaf_kernels::masked_linear_weight, _grads, _pack and _packed_weight for CUDA tensors.
+// lpaf_kernels::masked_linear_weight, _grads, _pack, _packed_weight and _packed_grads for CUDA tensors.
 #include "cuda/masked_linear.cuh"
 
 #include <algorithm>
@@ -92,15 +92,28 @@ Tensor masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor t
     return out;
 }
 
-template <class Grad, class Weight, class Score>
-void run_grads(const char* op, const Tensor& grad_weight, const Tensor& weight, const Selection& selection,
+template <class Grad, class Weight, class Score, class Mask>
+void run_grads(const char* op, const Tensor& grad_weight, const Tensor& weight, const Mask& mask,
                const Tensor& d_weight, const Tensor& d_scores) {
-    check_launch(op,
-                 masked_grads(static_cast<const Grad*>(grad_weight.const_data_ptr()),
-                              static_cast<const Weight*>(weight.const_data_ptr()), selection.mask<Score>(),
-                              weight.numel(), static_cast<Weight*>(d_weight.mutable_data_ptr()),
-                              static_cast<Score*>(d_scores.mutable_data_ptr()),
-                              current_stream(op, weight.get_device_index())));
+    check_launch(op, masked_grads(static_cast<const Grad*>(grad_weight.const_data_ptr()),
+                                  static_cast<const Weight*>(weight.const_data_ptr()), mask, weight.numel(),
+                                  static_cast<Weight*>(d_weight.mutable_data_ptr()),
+                                  static_cast<Score*>(d_scores.mutable_data_ptr()),
+                                  current_stream(op, weight.get_device_index())));
+}
+
+// Calls run(grad type, weight type, scores type) for three dtypes, unmixed if one is float64.
+template <class Run>
+void dispatch_grads(const char* op, ScalarType grad, ScalarType weight, ScalarType scores, const Run& run) {
+    if (all_double({grad, weight, scores})) {
+        run(TypeTag<double>{}, TypeTag<double>{}, TypeTag<double>{});
+        return;
+    }
+    dispatch(op, "grad_weight", grad, [&](auto grad_tag) {
+        dispatch(op, "weight", weight, [&](auto weight_tag) {
+            dispatch(op, "scores", scores, [&](auto score_tag) { run(grad_tag, weight_tag, score_tag); });
+        });
+    });
 }
 
 std::tuple<Tensor, Tensor> masked_linear_grads(Tensor grad_weight, Tensor weight, Tensor scores, Tensor value,
@@ -114,18 +127,13 @@ std::tuple<Tensor, Tensor> masked_linear_grads(Tensor grad_weight, Tensor weight
     const Tensor g = torch::stable::contiguous(grad_weight), w = torch::stable::contiguous(weight);
     const Tensor d_weight = torch::stable::new_empty(w, w.sizes());
     const Tensor d_scores = torch::stable::new_empty(w, w.sizes(), scores.scalar_type());
-    if (all_double({g.scalar_type(), w.scalar_type(), scores.scalar_type()})) {
-        run_grads<double, double, double>(op, g, w, selection, d_weight, d_scores);
-        return {d_weight, d_scores};
-    }
-    dispatch(op, "grad_weight", g.scalar_type(), [&](auto grad_tag) {
-        dispatch(op, "weight", w.scalar_type(), [&](auto weight_tag) {
-            dispatch(op, "scores", scores.scalar_type(), [&](auto score_tag) {
-                run_grads<typename decltype(grad_tag)::type, typename decltype(weight_tag)::type,
-                          typename decltype(score_tag)::type>(op, g, w, selection, d_weight, d_scores);
-            });
+    dispatch_grads(
+        op, g.scalar_type(), w.scalar_type(), scores.scalar_type(),
+        [&](auto grad_tag, auto weight_tag, auto score_tag) {
+            using Score = typename decltype(score_tag)::type;
+            run_grads<typename decltype(grad_tag)::type, typename decltype(weight_tag)::type, Score>(
+                op, g, w, selection.mask<Score>(), d_weight, d_scores);
         });
-    });
     return {d_weight, d_scores};
 }
 
@@ -205,6 +213,31 @@ Tensor masked_linear_packed_weight(Tensor weight, Tensor bits, int64_t rows, int
     return out;
 }
 
+// Of one bit per weight; sums over blocks are torch's.
+std::tuple<Tensor, Tensor> masked_linear_packed_grads(Tensor grad_weight, Tensor weight, Tensor bits,
+                                                      int64_t rows, int64_t cols, ScalarType scores_dtype) {
+    constexpr const char* op = "masked_linear_packed_grads";
+    check_bits(op, weight, bits, rows, cols);
+    if (rows != weight.size(0) || cols != weight.size(1)) {
+        invalid(op, ": rows and cols are ", rows, " and ", cols, ", expected the shape of weight on CUDA, ",
+                shape_of(weight));
+    }
+    check_same_shape(op, "grad_weight", grad_weight, "weight", weight);
+    check_device(op, "grad_weight", grad_weight, weight);
+    const DeviceGuard guard(weight.get_device_index());
+    const Tensor g = torch::stable::contiguous(grad_weight), w = torch::stable::contiguous(weight),
+                 b = torch::stable::contiguous(bits);
+    const Tensor d_weight = torch::stable::new_empty(w, w.sizes());
+    const Tensor d_scores = torch::stable::new_empty(w, w.sizes(), scores_dtype);
+    const BitMask mask{static_cast<const uint8_t*>(b.const_data_ptr())};
+    dispatch_grads(op, g.scalar_type(), w.scalar_type(), scores_dtype,
+                   [&](auto grad_tag, auto weight_tag, auto score_tag) {
+                       run_grads<typename decltype(grad_tag)::type, typename decltype(weight_tag)::type,
+                                 typename decltype(score_tag)::type>(op, g, w, mask, d_weight, d_scores);
+                   });
+    return {d_weight, d_scores};
+}
+
 }  // namespace
 }  // namespace lpaf::cuda
 
@@ -213,4 +246,5 @@ STABLE_TORCH_LIBRARY_IMPL(lpaf_kernels, CUDA, m) {
     m.impl("masked_linear_grads", TORCH_BOX(&lpaf::cuda::masked_linear_grads));
     m.impl("masked_linear_pack", TORCH_BOX(&lpaf::cuda::masked_linear_pack));
     m.impl("masked_linear_packed_weight", TORCH_BOX(&lpaf::cuda::masked_linear_packed_weight));
+    m.impl("masked_linear_packed_grads", TORCH_BOX(&lpaf::cuda::masked_linear_packed_grads));
 }

@@ -157,11 +157,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // d_weight = kept ? grad : 0 and, straight through the mask, d_scores = weight * grad: each input is read
 // once.
-template <class Grad, class Weight, class Score, int kWidth>
+template <class Grad, class Weight, class Mask, class Score, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    masked_grads_kernel(const Grad* __restrict__ grad, const Weight* __restrict__ weight,
-                        ThresholdMask<Score> mask, int64_t size, Weight* __restrict__ d_weight,
-                        Score* __restrict__ d_scores) {
+    masked_grads_kernel(const Grad* __restrict__ grad, const Weight* __restrict__ weight, Mask mask,
+                        int64_t size, Weight* __restrict__ d_weight, Score* __restrict__ d_scores) {
     const auto reader = mask.open();
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -263,13 +262,13 @@ cudaError_t masked_blocks(const Weight* weight, const BlockMask& mask, Out* out,
                        [&](unsigned blocks) { kernel<<<blocks, kThreads, 0, stream>>>(weight, mask, out); });
 }
 
-template <class Grad, class Weight, class Score>
-cudaError_t masked_grads(const Grad* grad, const Weight* weight, const ThresholdMask<Score>& mask,
-                         int64_t size, Weight* d_weight, Score* d_scores, cudaStream_t stream) {
+template <class Grad, class Weight, class Mask, class Score>
+cudaError_t masked_grads(const Grad* grad, const Weight* weight, const Mask& mask, int64_t size,
+                         Weight* d_weight, Score* d_scores, cudaStream_t stream) {
     constexpr int kWidth = kPackWidth<Grad, Weight, Score>;
     const bool packed = all_aligned<kWidth>(grad, weight, d_weight, d_scores) && mask.takes_packs(kWidth);
-    const auto kernel = packed ? &masked_grads_kernel<Grad, Weight, Score, kWidth>
-                               : &masked_grads_kernel<Grad, Weight, Score, 1>;
+    const auto kernel = packed ? &masked_grads_kernel<Grad, Weight, Mask, Score, kWidth>
+                               : &masked_grads_kernel<Grad, Weight, Mask, Score, 1>;
     return launch_over(packed ? (size + kWidth - 1) / kWidth : size, [&](unsigned blocks) {
         kernel<<<blocks, kThreads, 0, stream>>>(grad, weight, mask, size, d_weight, d_scores);
     });

@@ -344,7 +344,10 @@ def _packed_backward(
         return _by_bits(tensor, bits, rows, cols, dtype)
 
     def both(grad_weight: Tensor) -> tuple[Tensor, Tensor]:
-        native = _is_native(grad_weight.dtype, weight.dtype, scores_dtype)
+        # On CUDA the sums over blocks are torch's.
+        native = _is_native(grad_weight.dtype, weight.dtype, scores_dtype) and (
+            not weight.is_cuda or (rows, cols) == weight.shape
+        )
         function = torch.ops.lpaf_kernels.masked_linear_packed_grads if native else _packed_grads
         return function(grad_weight, weight, bits, rows, cols, scores_dtype)
 
