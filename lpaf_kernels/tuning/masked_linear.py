@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..triton.launch import GRANULE, LAUNCHES, Launch, tile_launch
@@ -54,9 +55,10 @@ class Problem(NamedTuple):
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x as [rows, columns], each row in one piece that begins at a multiple of 16 numbers."""
+    """x as [rows, columns], each row in one piece that begins at a multiple of 16 bytes: else loads are narrow."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 and x.stride(0) % GRANULE == 0 else x.contiguous()
+    aligned = x.stride(1) == 1 and x.stride(0) % GRANULE == 0 and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def launches(plan: Plan, kernels: Sequence[str], tiled: Sequence[tuple[int, int]], arch: int) -> list[Launch]:
