@@ -18,6 +18,7 @@ from .cases import (
     Case,
     FfnCase,
     LinearCase,
+    MaskedCase,
     parse_slice,
     select,
 )
@@ -177,7 +178,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
 def tune_cases(cases: Sequence[Case], dtype: torch.dtype, budget: float, output: Path | None) -> None:
     """Measure the shapes of the cases in ``budget`` seconds: single layers, then blocks, an encoder's among them."""
-    from lpaf_kernels.tuning import tune_attention, tune_ffn, tune_linear
+    from lpaf_kernels.tuning import tune_attention, tune_ffn, tune_linear, tune_masked
 
     started = time.monotonic()
 
@@ -194,6 +195,12 @@ def tune_cases(cases: Sequence[Case], dtype: torch.dtype, budget: float, output:
         rows = sorted({case.rows for case in linear})
         written = tune_linear(shapes, rows=rows, **options())
         print(f"{len(shapes)} shapes at M = {named(rows)}: table in {written}")
+    masked = [case for case in cases if isinstance(case, MaskedCase)]
+    if masked:
+        shapes = list(dict.fromkeys((c.in_features, c.out_features) for c in masked))
+        rows = sorted({case.rows for case in masked})
+        written = tune_masked(shapes, rows=rows, **options())
+        print(f"{len(shapes)} masked shapes at M = {named(rows)}: table in {written}")
     parts = [part for case in cases for part in ((case.attention, case.ffn) if case.op == "encoder" else (case,))]
     ffn = [case for case in parts if isinstance(case, FfnCase)]
     if ffn:

@@ -38,6 +38,7 @@ LINEAR_SHAPES = (
     (4096, 11008),
     (11008, 4096),
 )
+MASKED_SHAPES = LINEAR_SHAPES[:3]
 LINEAR_ROWS = (1, 16, 128, 512, 4096, 16384, 65536)
 LINEAR_RANKS = (16, 20, 32, 41, 80, 130, 260, 1024)
 KEPT_PERCENT = (0, 5, 10, 20)
@@ -138,6 +139,56 @@ class LinearCase:
             DTYPE_BYTES[self.dtype],
             self.direction,
         )
+
+
+@dataclass(frozen=True)
+class MaskedCase:
+    """y = x (W * mask)^T + bias on ``rows`` rows, with W and a score per weight in float32, as under autocast.
+
+    Args:
+        in_features, out_features: of the layer.
+        rows: M, rows of x.
+        dtype: of x and of the products: "float32", "float16" or "bfloat16".
+        direction: "forward", or "forward+backward" with dx and the gradients of W, scores and bias.
+
+    Raises:
+        ValueError: a number out of range, an unknown dtype or direction.
+    """
+
+    in_features: int
+    out_features: int
+    rows: int
+    dtype: str = "float32"
+    direction: Direction = "forward+backward"
+
+    op = "masked"
+
+    def __post_init__(self) -> None:
+        _check("in_features", self.in_features, 1)
+        _check("out_features", self.out_features, 1)
+        _check("rows", self.rows, 1)
+        _check_kind(self.dtype, self.direction)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The numbers that a row records."""
+        return {"in": self.in_features, "out": self.out_features, "rank": 0, "kept": 0, "rows": self.rows}
+
+    def __str__(self) -> str:
+        return case_name(self.op, self.shape, self.dtype, self.direction)
+
+    def flops(self, form: Form = "factors") -> int:
+        """Operations of the matrix products; a training step has three products where the forward has one."""
+        passes = 3 if self.direction == "forward+backward" else 1
+        return 2 * self.rows * self.in_features * self.out_features * passes
+
+    def bytes(self, form: Form = "factors") -> int:
+        """Compulsory bytes through memory; the form "dense" has no scores."""
+        size, entries = DTYPE_BYTES[self.dtype], self.in_features * self.out_features
+        parameters = DTYPE_BYTES["float32"] * (entries * (1 if form == "dense" else 2) + self.out_features)
+        x, y = size * self.rows * self.in_features, size * self.rows * self.out_features
+        forward = x + parameters + y
+        return forward if self.direction == "forward" else forward + y + x + parameters + x + parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +383,7 @@ class EncoderCase(BlockCase):
         return self.layers * (self.attention.flops(form) + self.ffn.flops(form))
 
 
-Case = LinearCase | FfnCase | AttentionCase | EncoderCase
+Case = LinearCase | MaskedCase | FfnCase | AttentionCase | EncoderCase
 
 
 def _linear_bytes(x: int, y: int, parameters: int, kept: int, size: int, direction: Direction) -> int:
@@ -346,7 +397,9 @@ def _linear_bytes(x: int, y: int, parameters: int, kept: int, size: int, directi
 def case_name(op: str, shape: dict[str, int], dtype: str, direction: str) -> str:
     """One word for a case: "768x3072-r80-k307-m512-float32", "ffn-768x3072-r96-b16x128-bfloat16"."""
     words = [f"{shape['in']}x{shape['out']}", f"r{shape['rank']}"]
-    if op == "linear":
+    if op == "masked":
+        words = [op, words[0], f"m{shape['rows']}"]
+    elif op == "linear":
         words += [f"k{shape['kept']}", f"m{shape['rows']}"]
     else:
         if shape.get("heads"):
@@ -426,6 +479,20 @@ def cpu_training_cases(dtype: str) -> list[LinearCase]:
     return [_linear(*cell, dtype, "forward+backward") for cell in CPU_TRAINING_CELLS]
 
 
+def _masked(rows: Sequence[int], dtype: str) -> list[Case]:
+    return [MaskedCase(*shape, m, dtype) for shape in MASKED_SHAPES for m in rows]
+
+
+def masked_cases(dtype: str) -> list[Case]:
+    """Training steps of BERT-base's matrices with a score per weight."""
+    return _masked((4096, 16384), dtype)
+
+
+def cpu_masked_cases(dtype: str) -> list[Case]:
+    """The same for the CPU."""
+    return _masked((128, 512), dtype)
+
+
 Model = dict[str, int]
 
 
@@ -489,10 +556,12 @@ CASE_SETS: dict[str, Callable[[str], Sequence[Case]]] = {
     "cpu": cpu_cases,
     "cpu-blocks": cpu_block_cases,
     "cpu-encoder": cpu_encoder_cases,
+    "cpu-masked": cpu_masked_cases,
     "cpu-training": cpu_training_cases,
     "encoder": encoder_cases,
     "ffn": ffn_cases,
     "full": full_cases,
+    "masked": masked_cases,
 }
 
 
@@ -509,7 +578,7 @@ def parse_slice(text: str) -> tuple[int, int]:
 
 
 def _with_direction(case: Case, direction: Direction) -> Iterator[Case]:
-    if case.op == "linear" or direction == "forward":
+    if case.op in ("linear", "masked") or direction == "forward":
         yield dataclasses.replace(case, direction=direction)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import LinearProblem
+from .problem import LinearProblem, MaskedProblem
 from .providers import PROVIDERS, Problem, Runner
 
 FACTOR = 2.0
@@ -48,6 +48,8 @@ class Gate:
         if isinstance(problem, LinearProblem) and problem.training:
             # The chain has no dense weight; the gradient of one is this product.
             yardstick["d_weight"] = problem.grad[0].t() @ problem.x[0]
+        if isinstance(problem, MaskedProblem) and problem.training:
+            yardstick["d_pruned"] = problem.grad[0].t() @ problem.x[0]
         eps = torch.finfo(problem.dtype).eps
         self.allowed = {
             name: FACTOR * _error(yardstick[name], exact) + eps * exact.abs().max().item()

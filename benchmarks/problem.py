@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import DTYPE_BYTES, AttentionCase, Case, EncoderCase, FfnCase, LinearCase
+from lpaf_kernels import KeepThreshold
+from lpaf_kernels.ops.masked_linear import masked_linear_reference
+
+from .cases import DTYPE_BYTES, AttentionCase, Case, EncoderCase, FfnCase, LinearCase, MaskedCase
 
 MOST_SETS = 64
 LAYER_NORM_EPS = 1e-12  # BERT's
@@ -41,10 +44,12 @@ class Problem:
         self.sets = input_sets(case, device) if sets is None else sets
         self._generator = torch.Generator(device).manual_seed(zlib.crc32(str(case).encode()))
 
+    def _wide_normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, device=self.device) * scale
+
     def _normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         # Drawn in float32 and rounded: bfloat16 draws would be coarse.
-        drawn = torch.randn(*shape, generator=self._generator, device=self.device)
-        return (drawn * scale).to(self.dtype)
+        return self._wide_normal(*shape, scale=scale).to(self.dtype)
 
     @property
     def training(self) -> bool:
@@ -96,6 +101,42 @@ class LinearProblem(Problem):
             "d_bias": grad.sum(0),
             "d_weight": grad.t() @ x,
         }
+
+
+class MaskedProblem(Problem):
+    """x [M, in], dy [M, out] in the case's dtype; weight, scores [out, in], bias [out] in float32; half is kept."""
+
+    case: MaskedCase
+
+    def __init__(self, case: MaskedCase, device: torch.device, sets: int | None = None) -> None:
+        super().__init__(case, device, sets)
+        inputs, outputs = case.in_features, case.out_features
+        self.weight = self._wide_normal(outputs, inputs, scale=inputs**-0.5)
+        self.scores = self._wide_normal(outputs, inputs)
+        self.bias = self._wide_normal(outputs)
+        # Scores of at least 0: the same as a comparison, so that every provider can select it.
+        everything = torch.full((), outputs * inputs, device=device)
+        self.threshold = KeepThreshold(torch.zeros((), device=device), everything)
+        self.x = [self._normal(case.rows, inputs) for _ in range(self.sets)]
+        self.grad = [self._normal(case.rows, outputs) for _ in range(self.sets if self.training else 0)]
+
+    @cached_property
+    def masked_weight(self) -> Tensor:
+        """[out, in], pruned for good."""
+        return torch.where(self.threshold.mask(self.scores), self.weight, 0.0)
+
+    def reference(self) -> dict[str, Tensor]:
+        """Every output in float64, of the first x and dy: y, and of a training step d_x, d_weight, d_scores, d_bias,
+        and d_pruned for those who hold the masked weight."""
+        tensors = (self.x[0], self.weight, self.scores, self.bias)
+        leaves = x, weight, scores, bias = [tensor.double().requires_grad_() for tensor in tensors]
+        y = masked_linear_reference(x, weight, scores, self.threshold, bias)
+        if not self.training:
+            return {"y": y.detach()}
+        grad = self.grad[0].double()
+        gradients = torch.autograd.grad(y, leaves, grad)
+        outputs = dict(zip(("d_x", "d_weight", "d_scores", "d_bias"), gradients, strict=True))
+        return {"y": y.detach(), **outputs, "d_pruned": grad.t() @ x.detach()}
 
 
 class Factors(NamedTuple):
@@ -200,6 +241,9 @@ def encoder_layer(
     return x
 
 
-def make_problem(case: Case, device: torch.device, sets: int | None = None) -> LinearProblem | BlockProblem:
+def make_problem(
+    case: Case, device: torch.device, sets: int | None = None
+) -> LinearProblem | MaskedProblem | BlockProblem:
     """The tensors of ``case``; ``sets`` copies of x, by default :func:`input_sets`."""
-    return (LinearProblem if isinstance(case, LinearCase) else BlockProblem)(case, device, sets)
+    kinds = {LinearCase: LinearProblem, MaskedCase: MaskedProblem}
+    return kinds.get(type(case), BlockProblem)(case, device, sets)

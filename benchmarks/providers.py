@@ -30,11 +30,12 @@ from .problem import (
     Factors,
     Linear,
     LinearProblem,
+    MaskedProblem,
     dense_linear,
     encoder_layer,
 )
 
-Problem = LinearProblem | BlockProblem
+Problem = LinearProblem | MaskedProblem | BlockProblem
 Outputs = dict[str, Tensor]
 Enter = Callable[[], Any]
 
@@ -103,7 +104,7 @@ class Provider:
 
 
 def linear_runner(
-    problem: LinearProblem,
+    problem: LinearProblem | MaskedProblem,
     forward: Callable[[Tensor], Tensor],
     leaves: Mapping[str, Tensor],
     collect: Callable[[Outputs], Outputs] = lambda outputs: outputs,
@@ -167,6 +168,60 @@ def _dense_linear(problem: LinearProblem) -> Runner:
 
 
 Wrap = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
+
+
+def _autocast(problem: MaskedProblem, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``forward`` in the case's dtype, with an autocast of its own: it keeps no cast from the call before."""
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast(problem.device.type, problem.dtype, enabled=problem.dtype != torch.float32):
+            return forward(x)
+
+    return cast
+
+
+def _dense_masked(problem: MaskedProblem) -> Runner:
+    weight, bias = _leaf(problem, problem.masked_weight), _leaf(problem, problem.bias)
+    forward = _autocast(problem, lambda x: F.linear(x, weight, bias))
+    return linear_runner(problem, forward, {"d_pruned": weight, "d_bias": bias})
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The mask in float32, whose gradient is passed to the scores."""
+
+    @staticmethod
+    def forward(ctx, scores, value):
+        return (scores >= value).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _masked_leaves(problem: MaskedProblem) -> dict[str, Tensor]:
+    tensors = {"d_weight": problem.weight, "d_scores": problem.scores, "d_bias": problem.bias}
+    return {name: _leaf(problem, tensor) for name, tensor in tensors.items()}
+
+
+def _chain_masked(problem: MaskedProblem, wrap: Wrap = lambda forward: forward, context: Enter = nullcontext) -> Runner:
+    leaves = _masked_leaves(problem)
+    weight, scores, bias = leaves.values()
+    value = problem.threshold.value
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, weight * _StraightThrough.apply(scores, value), bias)
+
+    return linear_runner(problem, wrap(_autocast(problem, forward)), leaves, context=context)
+
+
+def _ours_masked(problem: MaskedProblem, force: str | None = None) -> Runner:
+    leaves = _masked_leaves(problem)
+    weight, scores, bias = leaves.values()
+
+    def forward(x: Tensor) -> Tensor:
+        return lpaf_kernels.masked_linear(x, weight, scores, problem.threshold, bias)
+
+    return linear_runner(problem, _autocast(problem, forward), leaves, context=_forced(force))
 
 
 def _chain_linear(problem: LinearProblem, wrap: Wrap = lambda forward: forward, context: Enter = nullcontext) -> Runner:
@@ -351,10 +406,14 @@ BLOCKS = ("ffn", "attention", "encoder")
 
 
 def _builds(
-    linear: Build | None, block: Build, wrap: Callable[[Callable[..., Runner]], Build] = lambda build: build
+    linear: Build | None,
+    block: Build,
+    wrap: Callable[[Callable[..., Runner]], Build] = lambda build: build,
+    masked: Build | None = None,
 ) -> dict[str, Build]:
-    """Operation -> how it is built: single linears, and all kinds of blocks alike."""
-    builds = {} if linear is None else {"linear": wrap(linear)}
+    """Operation -> how it is built: single linears, masked ones, and all kinds of blocks alike."""
+    singles = {"linear": linear, "masked": masked}
+    builds = {op: wrap(build) for op, build in singles.items() if build is not None}
     return builds | {op: wrap(block) for op in BLOCKS}
 
 
@@ -381,8 +440,8 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Provider(
             "dense",
-            "F.linear on the dense weight",
-            _builds(_dense_linear, _dense_block),
+            "F.linear on the dense weight (for masked cells the pruned one)",
+            _builds(_dense_linear, _dense_block, masked=_dense_masked),
             form="dense",
             default=EVERYWHERE,
         ),
@@ -402,21 +461,22 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "chain",
-            "F.linear, F.linear and, where columns are kept, F.linear and index_add_, eager",
-            _builds(_chain_linear, _chain_block),
+            "F.linear, F.linear and, where columns are kept, F.linear and index_add_, eager; for masked cells"
+            " F.linear on weight * mask, both in float32",
+            _builds(_chain_linear, _chain_block, masked=_chain_masked),
             default=EVERYWHERE,
         ),
         Provider(
             "chain_graph",
             "the chain, replayed from a CUDA graph",
-            _builds(_chain_linear, _chain_block, _graphed),
+            _builds(_chain_linear, _chain_block, _graphed, _chain_masked),
             devices=("cuda",),
             default=("cuda",),
         ),
         Provider(
             "compile",
             'torch.compile of the chain, mode="max-autotune" on CUDA',
-            _builds(_chain_linear, _chain_block, functools.partial(_compiled, b2b=False)),
+            _builds(_chain_linear, _chain_block, functools.partial(_compiled, b2b=False), _chain_masked),
         ),
         Provider(
             "onnxruntime",
@@ -433,8 +493,9 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "ours",
-            "LowRankSparseLinear (lowrank_attention, lowrank_ffn for blocks), with its own choice of implementation",
-            _builds(_ours_linear, _ours_block),
+            "LowRankSparseLinear (masked_linear, lowrank_attention, lowrank_ffn for their cells), with its own choice"
+            " of implementation",
+            _builds(_ours_linear, _ours_block, masked=_ours_masked),
             default=EVERYWHERE,
         ),
         Provider(
@@ -445,11 +506,21 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "ours_graph",
             "ours, replayed from a CUDA graph",
-            _builds(_ours_linear, _ours_block, _graphed),
+            _builds(_ours_linear, _ours_block, _graphed, _ours_masked),
             devices=("cuda",),
             default=("cuda",),
         ),
         *(_ours_forced(name) for name in ("one_kernel", "two_kernels", "chain", "dense")),
+        *(
+            Provider(
+                f"ours_{name}",
+                f"masked_linear, made to use {name}",
+                {"masked": functools.partial(_ours_masked, force=name)},
+                devices=("cuda",),
+                default=("cuda",),
+            )
+            for name in ("cast", "kernels")
+        ),
         Provider(
             "ours_block",
             "ours, the blocks made to run as Triton's",

@@ -17,7 +17,7 @@ from .nn.masked_linear import MaskedLinear
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
 from .nn.swap import swap_linears
 from .ops._blocks import Norm
-from .ops.keep_threshold import KeepThreshold, keep_threshold
+from .ops.keep_threshold import KeepThreshold, PackedMask, keep_threshold
 from .ops.lowrank_attention import lowrank_attention
 from .ops.lowrank_ffn import lowrank_ffn
 from .ops.lowrank_sparse_linear import lowrank_sparse_linear, packed_lowrank_sparse_linear
@@ -42,6 +42,7 @@ __all__ = [
     "MaskedLinear",
     "MixedRankLinear",
     "Norm",
+    "PackedMask",
     "__version__",
     "accumulate_movement_",
     "build_info",

@@ -38,6 +38,15 @@ SCHEMAS = (
     "masked_linear_weight(Tensor weight, Tensor scores, Tensor value, Tensor tie_index, ScalarType dtype) -> Tensor",
     "masked_linear_grads(Tensor grad_weight, Tensor weight, Tensor scores, Tensor value, Tensor tie_index)"
     " -> (Tensor d_weight, Tensor d_scores)",
+    "masked_linear_pack(Tensor scores, Tensor value, Tensor tie_index) -> Tensor bits",
+    "masked_linear_packed(Tensor x, Tensor weight, Tensor? scores, Tensor bits, int rows, int cols, Tensor? bias)"
+    " -> Tensor",
+    "masked_linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, int rows, int cols,"
+    " ScalarType scores_dtype, bool[4] needs)"
+    " -> (Tensor d_x, Tensor d_weight, Tensor d_scores, Tensor d_bias)",
+    "masked_linear_packed_weight(Tensor weight, Tensor bits, int rows, int cols, ScalarType dtype) -> Tensor",
+    "masked_linear_packed_grads(Tensor grad_weight, Tensor weight, Tensor bits, int rows, int cols,"
+    " ScalarType scores_dtype) -> (Tensor d_weight, Tensor d_scores)",
     "lowrank_sparse_linear(Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor? bias, str activation,"
     " bool training) -> (Tensor y, Tensor z, Tensor pre)",
     "lowrank_sparse_linear_backward(Tensor grad, Tensor x, Tensor down, Tensor up, Tensor? kept, Tensor z,"

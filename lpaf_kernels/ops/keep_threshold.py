@@ -10,9 +10,26 @@ import torch
 from torch import Tensor
 
 from .._library import library, register_fallback
-from ._checks import FLOATING, check_device, check_fraction, check_shape
+from ._checks import FLOATING, check_device, check_floating, check_fraction, check_shape
 
 SCOPES = ("matrix", "global")
+
+
+class PackedMask(NamedTuple):
+    """The mask of a selection at one bit per score, as :meth:`KeepThreshold.pack` makes it.
+
+    bits: uint8 [ceil(n / 8)] on the device of the scores; flat entry i is bit i % 8, the lowest first, of byte i // 8,
+    and the bits after the last entry are 0. shape: that of the scores.
+    """
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    def unpack(self) -> Tensor:
+        """Return the boolean mask, of ``shape``."""
+        places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        flat = ((self.bits[:, None] >> places) & 1).flatten()
+        return flat[: math.prod(self.shape)].view(self.shape).bool()
 
 
 class KeepThreshold(NamedTuple):
@@ -32,6 +49,21 @@ class KeepThreshold(NamedTuple):
     def count(self, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Return the number of kept entries of ``scores``: 0-d int64 on its device, no synchronisation."""
         return self.mask(scores).sum()
+
+    def pack(self, scores: Tensor) -> PackedMask:
+        """Return :meth:`mask` at one bit per entry, no synchronisation.
+
+        Raises:
+            TypeError, ValueError: ``scores`` is no floating-point tensor, or lives on another device.
+        """
+        check_floating("scores", scores)
+        check_device("scores", scores, self.value, "threshold")
+        # Compared in the wider of both dtypes, as in mask().
+        if torch.float64 in (scores.dtype, self.value.dtype):
+            scores = scores.double()
+        value = self.value.to(_value_dtype(scores))
+        bits = torch.ops.lpaf_kernels.masked_linear_pack(scores.detach(), value, self.tie_index)
+        return PackedMask(bits, tuple(scores.shape))
 
 
 def threshold_mask(scores: Tensor, value: Tensor, tie_index: Tensor) -> Tensor:

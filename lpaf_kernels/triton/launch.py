@@ -18,12 +18,30 @@ MAX_SPLIT_ROWS = 64
 # More padding than this is avoided where a finer cut exists.
 MAX_PADDING = 1.15
 
+# About what fills a large GPU.
+FEW_PROGRAMS = 128
+
 # Sides of a head that "attend" has tiles for.
 HEAD_DIMS = (32, 64, 96, 128)
 # "attend" reads z from columns that are a multiple of this, in 16-byte pieces of 2-byte numbers.
 ALIGNED = 8
 
-KERNELS = ("project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend", "close")
+KERNELS = (
+    "project",
+    "expand",
+    "one_kernel",
+    "outer",
+    "ffn",
+    "ffn_wide",
+    "ffn_rows",
+    "ffn_weights",
+    "attend",
+    "close",
+    "masked",
+    "masked_grads",
+)
+# Those whose programs hold no rank columns, or any number of them.
+_ANY_WIDTH = ("project", "expand", "outer", "ffn_wide", "masked", "masked_grads")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
@@ -35,12 +53,13 @@ class Launch:
     """How one kernel is launched.
 
     Args:
-        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend" or
-            "close".
+        kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend",
+            "close", "masked" or "masked_grads".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
             a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns ("ffn_wide":
             rank columns). "attend": query rows, keys, the widest head (see ``head``). "close": rows, output columns,
-            input columns.
+            input columns. "masked": rows, output columns, the columns that are summed over. "masked_grads": output and
+            input columns, the rows that are summed over.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
@@ -86,9 +105,7 @@ class Launch:
 
         They keep z as an operand of the next product, in registers: of 4-byte numbers (TF32) a quarter fits.
         """
-        return self.kernel in ("project", "expand", "outer", "ffn_wide") or width <= self.max_width // (
-            1 if dtype.itemsize <= 2 else 4
-        )
+        return self.kernel in _ANY_WIDTH or width <= self.max_width // (1 if dtype.itemsize <= 2 else 4)
 
     @property
     def instruction(self) -> dict[int, str]:
@@ -172,6 +189,15 @@ _SHIPPED = (
     Launch("close", 64, 64, 64, 4, 2, max_width=144, archs=(80,)),
     Launch("close", 128, 16, 16, 8, 3, archs=(80,)),
     Launch("close", 16, 64, 64, 4, 2, max_width=144),
+    Launch("masked", 128, 128, 64, 8, 3, archs=_NEW),
+    Launch("masked", 128, 128, 32, 8, 3, archs=(80,)),
+    Launch("masked", 128, 64, 64, 8, 3, archs=_NEW),
+    Launch("masked", 128, 64, 32, 4, 3, archs=(80,)),
+    Launch("masked", 64, 64, 64, 4, 3),
+    Launch("masked", 16, 64, 64, 4, 3),
+    Launch("masked_grads", 128, 128, 64, 8, 3),
+    Launch("masked_grads", 128, 64, 64, 4, 3),
+    Launch("masked_grads", 64, 64, 64, 4, 3),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
@@ -219,6 +245,16 @@ def default_launch(
         if launch.splits != 4 and rows >= (1 if blocks and launch.splits == 0 else 64) * launch.block_m
     ]
     return fits[0] if fits else min(found, key=lambda launch: launch.block_m)
+
+
+def tile_launch(kernel: str, height: int, width: int, arch: int) -> Launch:
+    """What is used where nothing was measured for a kernel with one program per output tile, one of masked_linear's.
+
+    Of an output [height, width] the largest tile that makes at least 128 of them, else the smallest.
+    """
+    found = sorted(candidates(kernel, 0, arch), key=lambda launch: -launch.block_m * launch.block_n)
+    fits = (launch for launch in found if -(-height // launch.block_m) * -(-width // launch.block_n) >= FEW_PROGRAMS)
+    return next(fits, found[-1])
 
 
 def _ceil(value: int, granule: int) -> int:

@@ -83,13 +83,24 @@ ATTENTION_ALL_CASES = [
     (ATTENTION_SHAPES[4], torch.float16, "padding"),
 ]
 ATTENTION_KERNELS = ("attend", "close")
+# The same for masked_linear, as (rows, in, out), multiples of 16, and the dtype of weight and scores.
+MASKED_SHAPES = [(4096, 768, 3072), (4096, 3072, 768), (16384, 768, 768), (1, 1024, 4096)]
+MASKED_CORE_CASES = [(MASKED_SHAPES[0], torch.bfloat16, torch.float32)]
+MASKED_ALL_CASES = [
+    *((shape, torch.bfloat16, torch.float32) for shape in MASKED_SHAPES),
+    (MASKED_SHAPES[0], torch.float16, torch.float32),
+    *((shape, torch.bfloat16, torch.bfloat16) for shape in (MASKED_SHAPES[0], MASKED_SHAPES[3])),
+]
+MASKED_KERNELS = ("masked", "masked_grads")
 
 
-def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> list[Call]:
+def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str | torch.dtype) -> list[Call]:
     """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank.
 
-    ``activation`` of an attention block: what is masked.
+    ``activation`` of an attention block: what is masked. Of masked_linear: the dtype of weight and scores.
     """
+    if launch.kernel in MASKED_KERNELS:
+        return _masked_calls(launch, shape, dtype, activation)
     if launch.kernel in ATTENTION_KERNELS:
         return _attention_calls(launch, shape, dtype, activation)
     if launch.kernel in FFN_KERNELS:
@@ -201,16 +212,38 @@ def _attention_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype,
     return recorded
 
 
+def _masked_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, stored: torch.dtype) -> list[Call]:
+    from . import masked_linear as kernels
+
+    rows, d_in, d_out = shape
+
+    def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=of)
+
+    x, grad, weight = empty(rows, d_in), empty(rows, d_out), empty(d_out, d_in, of=stored)
+    selection = kernels.Selection(empty(d_out, d_in, of=stored), empty(of=torch.float32), empty(of=torch.int64))
+    with recording() as recorded:
+        if launch.kernel == "masked":
+            kernels.product(x, weight, selection, launch, transposed=True, bias=empty(d_out))
+            kernels.product(grad, weight, selection, launch)
+        else:
+            kernels.weight_grads(grad, x, weight, selection, launch)
+    return recorded
+
+
 def faults(name: str, arch: int, cases: Iterable[tuple] | None = None) -> Iterator[tuple[Call, list[str]]]:
     """Each kernel that launch ``name`` needs for ``cases``, compiled for ``arch``, and why it must not ship."""
     from .resources import compile_calls
 
     launch = LAUNCHES[name]
     if cases is None:
-        if launch.kernel in ATTENTION_KERNELS:
-            cases = ATTENTION_CORE_CASES
-        else:
-            cases = FFN_CORE_CASES if launch.kernel in FFN_KERNELS else CORE_CASES
+        cases = CORE_CASES
+        for kernels, own in (
+            (FFN_KERNELS, FFN_CORE_CASES),
+            (ATTENTION_KERNELS, ATTENTION_CORE_CASES),
+            (MASKED_KERNELS, MASKED_CORE_CASES),
+        ):
+            cases = own if launch.kernel in kernels else cases
     recorded = [call for case in cases for call in calls(launch, *case)]
     for call, used in compile_calls(recorded, (arch,)):
         # Products of 4-byte numbers may use another instruction than those of 2-byte ones.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from .dispatch import Choice, Gpu, explain, use_provider
-from .table import AttentionShape, FfnShape, Plan, Shape, Table
+from .table import AttentionShape, FfnShape, MaskedShape, Plan, Shape, Table
 from .tune import tune_linear
 from .tune_lowrank_attention import tune_attention
 from .tune_lowrank_ffn import tune_ffn
+from .tune_masked_linear import tune_masked
 
 __all__ = [
     "AttentionShape",
     "Choice",
     "FfnShape",
     "Gpu",
+    "MaskedShape",
     "Plan",
     "Shape",
     "Table",
@@ -20,5 +22,6 @@ __all__ = [
     "tune_attention",
     "tune_ffn",
     "tune_linear",
+    "tune_masked",
     "use_provider",
 ]

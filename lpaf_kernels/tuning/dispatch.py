@@ -14,22 +14,38 @@ from pathlib import Path
 import torch
 
 from ..triton import missing
-from ..triton.launch import HEAD_DIMS, LAUNCHES, candidates
-from .table import ATTENTION, FFN, LINEAR, AnyShape, AttentionShape, FfnShape, Plan, Resolved, Shape, Table
+from ..triton.launch import GRANULE, HEAD_DIMS, LAUNCHES, candidates
+from .table import (
+    ATTENTION,
+    FFN,
+    LINEAR,
+    MASKED,
+    AnyShape,
+    AttentionShape,
+    FfnShape,
+    MaskedShape,
+    Plan,
+    Resolved,
+    Shape,
+    Table,
+)
 
 TABLES = Path(__file__).parent / "tables"
 DEFAULT_TABLE = TABLES / "default.json"
 
 # Operators on whole blocks of layers.
 BLOCKS = (FFN, ATTENTION)
-# Forward providers: the first is the blocks', whose chain is their layers one by one; the others are of a linear layer.
-PROVIDERS = ("block", "one_kernel", "two_kernels", "chain", "dense")
+# Those of masked_linear, in both directions.
+MASKED_PROVIDERS = ("kernels", "cast")
+# Forward providers: the first is the blocks', whose chain is their layers one by one; then those of a linear layer.
+PROVIDERS = ("block", "one_kernel", "two_kernels", "chain", "dense", *MASKED_PROVIDERS)
 # What stands for a layer's providers in its backward.
 BACKWARD = {"one_kernel": "kernels", "two_kernels": "kernels", "chain": "chain", "dense": "chain"}
 TRITON_PROVIDERS = ("block", "one_kernel", "two_kernels", "kernels")
 # The kernels of a feed-forward block whose launches must hold its rank columns, by direction.
 BLOCK_KERNELS = {"forward": ("ffn",), "backward": ("ffn", "ffn_rows", "ffn_weights")}
 _CHAIN = Plan("chain")
+_CAST = Plan("cast")
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,11 @@ def _plan_text(plan: Plan) -> str:
     if plan.launches:
         text += f" [{', '.join(plan.launches)}]"
     return text if plan.microseconds is None else f"{text} {plan.microseconds:.1f} us"
+
+
+def baseline(op: str) -> Plan:
+    """By torch's products: what always runs, and what the others must beat."""
+    return _CAST if op == MASKED else _CHAIN
 
 
 def slug(gpu: str) -> str:
@@ -125,12 +146,12 @@ _broken: set[tuple[str, Plan]] = set()
 
 
 def resolve(shape: AnyShape, gpu: Gpu) -> Resolved:
-    """The plans of ``shape`` on ``gpu``; the chain alone if no table knows better. Kept for the next call."""
+    """The plans of ``shape`` on ``gpu``; the baseline alone if no table knows better. Kept for the next call."""
     key = (shape, gpu)
     found = _resolved.get(key)
     if found is None:
         hits = (table.resolve(shape, gpu.arch) for table in tables(gpu))
-        nothing = Resolved((), ((_CHAIN,),), (), "no table has a plan for it")
+        nothing = Resolved((), ((baseline(shape.op),),), (), "no table has a plan for it")
         found = _resolved[key] = next((hit for hit in hits if hit is not None), nothing)
     return found
 
@@ -143,18 +164,20 @@ def choose(shape: AnyShape, rows: int, gpu: Gpu, inference: bool = True) -> Plan
     if found is None:
         found = resolve(shape, gpu)
     for plan in found.at(rows):
-        if plan.provider == "chain":
+        if plan.provider in ("chain", "cast"):
             return plan
         if plan.provider == "dense":
             if inference:
                 return plan
         elif gpu.triton is not None and (shape.op, plan) not in _broken and _holds(plan, shape, gpu.arch):
             return plan
-    return _CHAIN
+    return baseline(shape.op)
 
 
 def _holds(plan: Plan, shape: AnyShape, arch: int) -> bool:
     """Whether the plan's kernels, which may have been measured on a near shape, can hold this one's rank columns."""
+    if shape.op == MASKED:
+        return True
     width, dtype = shape.width, getattr(torch, shape.dtype)
     if shape.op == ATTENTION:
         return plan.provider != "block" or _holds_attention(plan, shape, arch, dtype)
@@ -187,6 +210,8 @@ def _force(shape: AnyShape, rows: int, gpu: Gpu, inference: bool) -> Plan:
     if shape.op in BLOCKS:
         # Another name than "block" is one for its layers.
         provider = _forced if _forced == "block" else "chain"
+    elif shape.op == MASKED:
+        provider = _forced
     else:
         provider = BACKWARD[_forced] if shape.direction == "backward" else _forced
     if provider == "dense" and not inference:
@@ -211,7 +236,7 @@ def forget() -> None:
 
 
 def report_broken(op: str, plan: Plan, error: Exception) -> None:
-    """A kernel of ``op`` failed to compile or launch: warn once and leave it out from now on; the chain serves."""
+    """A kernel of ``op`` failed to compile or launch: warn once and leave it out from now on; the baseline serves."""
     if (op, plan) not in _broken:
         _broken.add((op, plan))
         message = str(error).strip().splitlines() or [type(error).__name__]
@@ -219,8 +244,11 @@ def report_broken(op: str, plan: Plan, error: Exception) -> None:
 
 
 def is_forced(op: str) -> bool:
-    """Whether :func:`use_provider` decides how ``op`` runs; "block" leaves single layers to the tables."""
-    return _forced is not None and (_forced != "block" or op in BLOCKS)
+    """Whether :func:`use_provider` decides how ``op`` runs; "block" leaves single layers to the tables, and
+    masked_linear and the others know nothing of each other's providers."""
+    if _forced is None or (op == MASKED) != (_forced in MASKED_PROVIDERS):
+        return False
+    return _forced != "block" or op in BLOCKS
 
 
 @contextmanager
@@ -234,8 +262,9 @@ def use_provider(name: str | None) -> Iterator[None]:
             ``lowrank_ffn`` and ``lowrank_attention`` run their layers one by one, by that provider. "block": these two
             by their own kernels (Triton), in training too; float64, the backward of attention, that of a feed-forward
             block of more rank columns than its launches hold (272 of 2 bytes, 68 of 4), and attention that no launch
-            holds run layer by layer all the same, and single layers go by the tables. A forced provider that fails
-            raises.
+            holds run layer by layer all the same, and single layers go by the tables. "kernels" (Triton) or "cast" (the
+            mask is folded into the weight's cast, then cuBLAS): ``masked_linear`` in both directions, everything else
+            by the tables. A forced provider that fails raises.
 
     Raises:
         ValueError: another name.
@@ -266,8 +295,9 @@ def explain(
 
     Args:
         layer: a LowRankSparseLinear (anything with its ``down``, ``up`` and ``kept``), a feed-forward block of them
-            (anything with layers ``first`` and ``second``, and ``gate``, a layer or None), or an attention block of
-            them without rotary embeddings (anything with layers ``q``, ``k``, ``v`` and ``o``, and ``num_heads``).
+            (anything with layers ``first`` and ``second``, and ``gate``, a layer or None), an attention block of
+            them without rotary embeddings (anything with layers ``q``, ``k``, ``v`` and ``o``, and ``num_heads``), or a
+            MaskedLinear (anything with ``weight`` and ``scores``), of the autocast dtype where CUDA's is enabled.
         rows: the product of the input's leading sizes.
         direction: "forward" (inference), "training" (a forward that autograd records) or "backward".
         gpu: the device to explain for. Default: that of the layer's parameters.
@@ -297,7 +327,11 @@ def explain(
         if not down.is_cuda:
             return Choice(shape, rows, Plan("cpu"), f"the parameters are on {device}")
         gpu = current_gpu(down.get_device())
-    if not takes(shape.op, dtype, shape.width, gpu):
+    if shape.op == MASKED:
+        unfit = "one score stands for a block" if layer.scores.shape != layer.weight.shape else unfit_masked(shape)
+        if unfit is not None:
+            return Choice(shape, rows, _CAST, unfit)
+    elif not takes(shape.op, dtype, shape.width, gpu):
         return Choice(shape, rows, _CHAIN, f"{shape.dtype} products are cuBLAS's here, at torch's precision setting")
     if is_forced(shape.op):
         return Choice(shape, rows, _force(shape, rows, gpu, direction == "forward"), "forced by use_provider")
@@ -313,12 +347,19 @@ def _shape(layer: torch.nn.Module, direction: str, length: int) -> tuple[AnyShap
     if _is_linear(layer):
         (in_features, out_features, rank, kept), down = _sizes(layer), layer.down
         return Shape(LINEAR, direction, _name(down), in_features, out_features, rank, kept), down
+    if all(isinstance(getattr(layer, name, None), torch.Tensor) for name in ("weight", "scores")):
+        weight, dtype = layer.weight, _name(layer.weight)
+        if torch.is_autocast_enabled("cuda") and dtype != "float64":
+            dtype = str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")
+        return MaskedShape(MASKED, direction, dtype, *reversed(weight.shape), _name(weight)), weight
     if all(_is_linear(getattr(layer, name, None)) for name in "qkvo"):
         return _attention_shape(layer, direction, length), layer.q.down
     gate = getattr(layer, "gate", None)
     layers = [getattr(layer, name, None) for name in ("first", "second")]
     if not all(_is_linear(part) for part in layers) or not (gate is None or _is_linear(gate)):
-        raise TypeError(f"layer: expected a LowRankSparseLinear or a block of them, got {type(layer).__name__}")
+        raise TypeError(
+            f"layer: expected a LowRankSparseLinear, a block of them or a MaskedLinear, got {type(layer).__name__}"
+        )
     (in_features, hidden, rank1, kept1), (_, out_features, rank2, kept2) = map(_sizes, layers)
     rank_gate = 0 if gate is None else gate.up.shape[0]
     down = layers[0].down
@@ -354,6 +395,15 @@ def takes(op: str, dtype: torch.dtype, width: int, gpu: Gpu) -> bool:
     """Whether ``op`` of ``width`` rank columns is chosen for at all. Forced kernels take exact float32 too, so that
     they can be compared."""
     return width > 0 and (matrix_unit(dtype, gpu.arch) or (is_forced(op) and dtype == torch.float32))
+
+
+def unfit_masked(shape: MaskedShape) -> str | None:
+    """Why masked_linear's kernels do not take ``shape``, or None."""
+    if shape.dtype not in ("float16", "bfloat16") or shape.weight == "float64":
+        return "the kernels multiply float16 and bfloat16"
+    if shape.in_features % GRANULE or shape.out_features % GRANULE:
+        return f"the kernels take sizes that are multiples of {GRANULE}"
+    return None
 
 
 def matrix_unit(dtype: torch.dtype, arch: int) -> bool:

@@ -12,7 +12,8 @@ Each list of plans is ordered, the fastest first: (provider, launch names, micro
 the sizes of the block, {"in": 768, "hidden": 3072, "out": 768, "ranks": [80, 80], "kept": [38, 0], "gate": 0}, the last
 one the rank of the gate; one of "lowrank_attention" has {"in": 768, "heads": 12, "kv_heads": 12, "head_dim": 64,
 "out": 768, "ranks": [80, 80, 80, 80], "kept": [0, 0, 0, 0], "rotary": false, "length": 128}, those of q, k, v and o in
-this order. The default table has "gpu": "*" and "rules" in place of entries, see :class:`Rule`.
+this order; one of "masked_linear" has {"in": 768, "out": 3072, "weight": "float32"}, the last one the dtype that weight
+and scores are kept in. The default table has "gpu": "*" and "rules" in place of entries, see :class:`Rule`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ FORMAT = 1
 # A shape that was not measured takes the plans of the nearest one that was, if every size is within this factor.
 NEAREST_FACTOR = 1.5
 LINEAR, FFN, ATTENTION = "lowrank_sparse_linear", "lowrank_ffn", "lowrank_attention"
+MASKED = "masked_linear"
 
 
 class Plan(NamedTuple):
@@ -202,7 +204,37 @@ class AttentionShape(NamedTuple):
         return max(abs(math.log(a / b)) for a, b in zip(mine, theirs))
 
 
-AnyShape = Shape | FfnShape | AttentionShape
+class MaskedShape(NamedTuple):
+    """What a plan of masked_linear depends on besides the row count; ``weight`` is the dtype of weight and scores."""
+
+    op: str
+    direction: str
+    dtype: str
+    in_features: int
+    out_features: int
+    weight: str
+
+    @property
+    def kind(self) -> tuple:
+        """What must be equal for two shapes to be compared at all."""
+        return self.op, self.direction, self.dtype, self.weight
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The sizes as a table stores them."""
+        return {"in": self.in_features, "out": self.out_features, "weight": self.weight}
+
+    @property
+    def text(self) -> str:
+        return f"{self.in_features}->{self.out_features} weight {self.weight}"
+
+    def distance(self, other: MaskedShape) -> float:
+        """The larger factor between two sizes of the shapes, as a logarithm."""
+        sizes = ((self.in_features, other.in_features), (self.out_features, other.out_features))
+        return max(abs(math.log(a / b)) for a, b in sizes)
+
+
+AnyShape = Shape | FfnShape | AttentionShape | MaskedShape
 
 
 @dataclass(frozen=True)
@@ -345,6 +377,8 @@ def _shape(entry: dict[str, Any]) -> AnyShape:
         sizes = (int(entry[key]) for key in ("in", "heads", "kv_heads", "head_dim", "out"))
         ranks, kept = ((int(q), int(k), int(v), int(o)) for q, k, v, o in (entry["ranks"], entry["kept"]))
         return AttentionShape(*head, *sizes, ranks, kept, bool(entry["rotary"]), int(entry["length"]))
+    if entry["op"] == MASKED:
+        return MaskedShape(*head, int(entry["in"]), int(entry["out"]), str(entry["weight"]))
     if entry["op"] != FFN:
         return Shape(*head, *(int(entry[key]) for key in ("in", "out", "rank", "kept")))
     sizes = (int(entry[key]) for key in ("in", "hidden", "out"))

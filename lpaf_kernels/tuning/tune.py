@@ -1,7 +1,7 @@
 """Measure which way lowrank_sparse_linear runs fastest on this GPU, and write the table that dispatch reads.
 
 What is common to operators is here too; :mod:`.tune_lowrank_ffn` measures lowrank_ffn, :mod:`.tune_lowrank_attention`
-lowrank_attention.
+lowrank_attention, :mod:`.tune_masked_linear` masked_linear.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ ROWS = (1, 16, 128, 512, 4096, 16384)
 # Inputs rotate through about twice the L2 cache of the largest GPUs, so that x is read from memory as in a model.
 _ROTATE_BYTES = 128 * 2**20
 _MAX_COPIES = 8
-# A plan whose error against float64 is more than this many times the chain's is wrong, not slow.
+# A plan whose error against float64 is more than this many times the baseline's is wrong, not slow.
 _MAX_ERROR = 2.0
+_CHAIN = Plan("chain")
 
 
 def graph_times(calls: Sequence[Callable[[], object]], rounds: int = 9, target_us: float = 400.0) -> list[float]:
@@ -153,13 +154,14 @@ def rank(
     problem: NamedTuple,
     exact: tuple[Tensor, ...],
     times: Callable[[Sequence[Callable[[], object]]], list[float]],
+    baseline: Plan = _CHAIN,
 ) -> tuple[Plan, ...]:
-    """Those of ``plans`` whose ``outputs`` of ``problem`` are about as near to ``exact`` as the chain's, by time."""
+    """Those of ``plans`` whose ``outputs`` of ``problem`` are about as near to ``exact`` as the baseline's, by time."""
     # Tall tiles make no sense on few rows: more than half of the tile would be padding.
     plans = [plan for plan in plans if _least_rows(plan) <= max(2 * rows, 16)]
     copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(problem.x.nbytes, 1)))
     inputs = itertools.cycle([problem, *(problem._replace(x=problem.x.clone()) for _ in range(copies - 1))])
-    allowed = [_MAX_ERROR * _error(*pair) for pair in zip(outputs(Plan("chain"), problem), exact)]
+    allowed = [_MAX_ERROR * _error(*pair) for pair in zip(outputs(baseline, problem), exact)]
     right: list[Plan] = []
     for plan in plans:
         try:
@@ -192,7 +194,9 @@ def chain_backward(problem: Problem, grad: Tensor, z: Tensor) -> tuple[Tensor, .
 def _least_rows(plan: Plan) -> int:
     from ..triton.launch import LAUNCHES
 
-    return max((LAUNCHES[name].block_m for name in plan.launches), default=0)
+    # Tiles of "masked_grads" are of the weight.
+    launches = (LAUNCHES[name] for name in plan.launches)
+    return max((launch.block_m for launch in launches if launch.kernel != "masked_grads"), default=0)
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
@@ -282,10 +286,11 @@ def measure(
         plans = ranked(shape, count)
         entries.setdefault(shape, {})[count] = plans
         best = plans[0]
-        chain = next(plan.microseconds for plan in plans if plan.provider == "chain")
+        name = dispatch.baseline(shape.op).provider
+        other = next(plan.microseconds for plan in plans if plan.provider == name)
         report(
             f"{shape.direction} {shape.text} {count} rows: {best.provider} {best.microseconds:.1f} us,"
-            f" chain {chain:.1f} us"
+            f" {name} {other:.1f} us"
         )
         _write(path, entries, gpu)
     return path

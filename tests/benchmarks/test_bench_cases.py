@@ -13,6 +13,7 @@ from benchmarks.cases import (
     EncoderCase,
     FfnCase,
     LinearCase,
+    MaskedCase,
     core_cases,
     cpu_cases,
     full_cases,
@@ -79,6 +80,23 @@ def test_a_training_step_has_three_times_the_products_and_two_passes_of_bytes():
     # dy, x and the parameters in; dx and the parameters' gradients out.
     assert step.bytes() - forward.bytes() == 4 * (5 * 6 + 2 * 5 * 8 + 2 * parameters) + 4 * 2
     assert step.flops("dense") == 3 * forward.flops("dense")
+
+
+def test_masked_counts_by_hand():
+    # x [5, 8], weight and scores [6, 8] and bias [6] in float32, y [5, 6]
+    case = MaskedCase(8, 6, 5, "bfloat16", "forward")
+    assert str(case) == "masked-8x6-m5-bfloat16"
+    assert case.flops() == case.flops("dense") == 2 * 5 * 8 * 6
+    parameters = 4 * (2 * 6 * 8 + 6)
+    assert case.bytes() == 2 * (5 * 8 + 5 * 6) + parameters
+    assert case.bytes() - case.bytes("dense") == 4 * 6 * 8
+    step = MaskedCase(8, 6, 5, "bfloat16")
+    assert step.flops() == 3 * case.flops()
+    assert step.bytes() - case.bytes() == 2 * (5 * 6 + 2 * 5 * 8) + 2 * parameters
+    assert {case.rows for case in select(["masked"], "bfloat16")} == {4096, 16384}
+    assert {case.direction for case in select(["cpu-masked", "masked"], "float32")} == {"forward+backward"}
+    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
+        MaskedCase(8, 6, 0)
 
 
 def test_ffn_counts_by_hand():

@@ -117,7 +117,7 @@ def test_tuning_measures_layers_and_blocks_an_encoder_s_too(monkeypatch, tmp_pat
     def fake(name):
         return lambda shapes, **options: calls.setdefault(name, (shapes, options))[1]["output"]
 
-    for name in ("tune_linear", "tune_ffn", "tune_attention"):
+    for name in ("tune_linear", "tune_ffn", "tune_attention", "tune_masked"):
         monkeypatch.setattr(tuning, name, fake(name))
     cases = select(["core-blocks"], "bfloat16", only="r80-")
     tune_cases(cases, torch.bfloat16, 60.0, tmp_path / "table")
@@ -132,6 +132,10 @@ def test_tuning_measures_layers_and_blocks_an_encoder_s_too(monkeypatch, tmp_pat
     tune_cases(select(["core"], "bfloat16", only="768x768"), torch.bfloat16, 60.0, None)
     shapes, options = calls["tune_linear"]
     assert shapes == [(768, 768, 41, 38), (768, 768, 130, 0)]
+    tune_cases(select(["masked"], "bfloat16"), torch.bfloat16, 60.0, None)
+    shapes, options = calls["tune_masked"]
+    assert shapes == [(768, 768), (768, 3072), (3072, 768)]
+    assert options["rows"] == [4096, 16384]
     assert "1 attention blocks at 1 x 128, 32 x 128, 128 x 128" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import exported, measure, timing
-from benchmarks.cases import AttentionCase, EncoderCase, FfnCase, LinearCase
+from benchmarks.cases import AttentionCase, EncoderCase, FfnCase, LinearCase, MaskedCase
 from benchmarks.environment import Ceilings, describe
 from benchmarks.errors import InputError
 from benchmarks.gate import Gate
@@ -26,11 +26,18 @@ CASES = (
     LinearCase(24, 40, 5, 0, 16, direction="forward+backward"),
     LinearCase(64, 96, 16, 10, 33, "bfloat16"),
     LinearCase(64, 96, 16, 10, 33, "bfloat16", "forward+backward"),
+    MaskedCase(40, 24, 17),
+    MaskedCase(40, 24, 17, direction="forward"),
+    MaskedCase(64, 96, 33, "bfloat16"),
     FfnCase(hidden=24, intermediate=48, rank=5, batch=2, length=8),
     AttentionCase(hidden=24, heads=3, rank=5, batch=2, length=8),
     ENCODER,
     dataclasses.replace(ENCODER, dtype="bfloat16"),
 )
+
+
+# Of the dense weight, and of what the others hold.
+GRADIENTS = {"linear": ({"d_weight"}, {"d_down", "d_up"}), "masked": ({"d_pruned"}, {"d_weight", "d_scores"})}
 
 
 def session(*names: str, extra: dict[str, Provider] | None = None) -> Session:
@@ -41,10 +48,14 @@ def test_the_registry_has_all_that_speed_is_claimed_against():
     onnx = {"dense_onnxruntime", "onnxruntime"}
     baselines = {"dense", "dense_compile", "chain", "chain_graph", "compile", "compile_b2b"} | onnx
     linears = {"ours", "ours_graph", "ours_one_kernel", "ours_two_kernels", "ours_chain", "ours_dense"}
-    assert set(PROVIDERS) == baselines | linears | {"ours_layers", "ours_block"}
+    masked = {"ours_cast", "ours_kernels"}
+    assert set(PROVIDERS) == baselines | linears | masked | {"ours_layers", "ours_block"}
     blocks = {"ffn", "attention", "encoder"}
     runs = {name: {"linear"} | blocks for name in PROVIDERS}
     runs |= dict.fromkeys(("dense_compile", "ours_layers", "ours_block", *onnx), blocks)
+    runs |= {name: {"masked"} for name in masked}
+    for name in ("dense", "chain", "chain_graph", "compile", "ours", "ours_graph"):
+        runs[name] = runs[name] | {"masked"}
     assert {name: set(provider.builds) for name, provider in PROVIDERS.items()} == runs
     assert all(name == provider.name and provider.summary for name, provider in PROVIDERS.items())
     assert set(choose(["default"], CPU, {})) == {"dense", "chain", "ours"}
@@ -68,7 +79,8 @@ def test_every_eager_provider_passes_the_gate(name, case):
     outputs = runner.run()
     expected = {"y"}
     if case.direction == "forward+backward":
-        expected |= {"d_x", "d_bias"} | ({"d_weight"} if name == "dense" else {"d_down", "d_up"})
+        dense, factors = GRADIENTS[case.op]
+        expected |= {"d_x", "d_bias"} | (dense if name == "dense" else factors)
     assert set(outputs) == expected
     assert not outputs["y"].is_inference()
     assert outputs["y"].requires_grad == (case.direction == "forward+backward")
@@ -87,6 +99,23 @@ def test_the_reference_is_autograds_derivative():
     assert reference.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(reference[name], value.detach())
+
+
+def test_the_masked_reference_is_the_definition():
+    problem = make_problem(MaskedCase(10, 7, 5, "bfloat16"), CPU)
+    assert problem.weight.dtype == problem.scores.dtype == torch.float32
+    assert problem.x[0].dtype == torch.bfloat16
+    x, grad, weight = problem.x[0].double(), problem.grad[0].double(), problem.weight.double()
+    mask = problem.scores >= 0
+    assert torch.equal(problem.masked_weight, problem.weight * mask + 0.0)
+    assert 0.2 < mask.double().mean() < 0.8
+    g = grad.t() @ x
+    expected = {"y": x @ (weight * mask).t() + problem.bias.double(), "d_x": grad @ (weight * mask)}
+    expected |= {"d_weight": mask * g, "d_scores": weight * g, "d_bias": grad.sum(0), "d_pruned": g}
+    reference = problem.reference()
+    assert reference.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(reference[name], value)
 
 
 def test_inputs_are_random_and_repeatable():

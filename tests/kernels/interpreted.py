@@ -46,6 +46,8 @@ TINY = {
         Launch("attend", 32, 32, 64, 4, 1, max_width=48),
     ],
     "close": [Launch("close", 16, 16, 16, 4, 1), Launch("close", 32, 32, 16, 4, 1, max_width=80)],
+    "masked": [Launch("masked", 16, 16, 16, 4, 1), Launch("masked", 32, 16, 32, 4, 1)],
+    "masked_grads": [Launch("masked_grads", 16, 16, 16, 4, 1), Launch("masked_grads", 16, 32, 32, 4, 1)],
 }
 
 
@@ -579,6 +581,83 @@ def check_lowrank_attention_plan(seed: int) -> None:
     actual = plans.forward(Plan("block"), problem.prepared(), 90)
     references = (layers(*given).reshape(actual.shape) for given in (problem, double(problem)))
     check_accurate(actual, *references)
+
+
+def check_masked_linear(seed: int, device: str = "cpu") -> None:
+    """Forward and gradients of one drawn layer, against float64 and within twice the error of torch's chain."""
+    with torch.device(device):
+        _check_masked(seed)
+
+
+def _check_masked(seed: int) -> None:
+    from lpaf_kernels import keep_threshold
+    from lpaf_kernels.triton import masked_linear as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    d_in, d_out = draw.choice([1, 16, 64, draw.randint(1, 90)]), draw.choice([1, 16, 64, draw.randint(1, 90)])
+    stored = [draw.choice([dtype, torch.float32]) for _ in range(2)]
+    weight = torch.randn(d_out, d_in).to(stored[0])
+    # Coarse scores tie in masses, so that the tie's index falls between two columns of some row.
+    scores = (torch.randn(d_out, d_in) * draw.choice([0, 1, 1000])).round().to(stored[1])
+    threshold = keep_threshold(scores, draw.choice([0, 0.3, 0.7, 1]))
+    if draw.random() < 0.1:
+        threshold = threshold._replace(value=torch.tensor(torch.nan))
+    selection = kernels.Selection(scores, *threshold)
+    bias = torch.randn(d_out).to(dtype) if draw.random() < 0.7 else None
+    x, grad = _apart(rows, d_in, draw, dtype), _apart(rows, d_out, draw, dtype)
+    launch = draw_launch("masked", seed)
+    found = [
+        kernels.product(x, weight, selection, launch, transposed=True, bias=bias),
+        kernels.product(grad, weight, selection, launch),
+        *kernels.weight_grads(grad, x, weight, selection, draw_launch("masked_grads", seed)),
+    ]
+    mask = threshold.mask(scores)
+    references = []
+    for wide in (False, True):
+        to, *parameters = (torch.float64,) * 3 if wide else (dtype, *stored)
+        product = torch.promote_types(to, torch.float32)
+        masked = torch.where(mask, weight.to(to), 0.0)
+        g = grad.to(to).t() @ x.to(to)
+        y = F.linear(x.to(to), masked, None if bias is None else bias.to(to))
+        d_weight = torch.where(mask, g.to(parameters[0]), 0.0)
+        d_scores = (weight.to(product) * g.to(product)).to(parameters[1])
+        references.append((y, grad.to(to) @ masked, d_weight, d_scores))
+    for actual, chained, exact in zip(found, *references, strict=True):
+        check_accurate(actual, chained, exact)
+    # Exactly nothing where the mask is 0.
+    assert not found[2][~mask].any()
+
+
+def check_masked_linear_plan(seed: int) -> None:
+    """Forward and backward as the plan "kernels" makes them, from arguments as the operator gets them."""
+    from lpaf_kernels.ops import masked_linear as op
+    from lpaf_kernels.tuning import MaskedShape, Plan
+    from lpaf_kernels.tuning import masked_linear as plans
+    from lpaf_kernels.tuning.tune import double
+    from lpaf_kernels.tuning.tune_masked_linear import make_masked_problem
+
+    torch.manual_seed(seed)
+    shape = MaskedShape("masked_linear", "forward", "bfloat16", 48, 32, ("float32", "bfloat16")[seed % 2])
+    problem = make_masked_problem(2 * 9, shape, "cpu")
+    grad = torch.randn(2, 9, 32).bfloat16()
+    # As from a transpose and a wider tensor: neither in one piece.
+    x = torch.randn(9, 2, 53).bfloat16()[..., 5:].transpose(0, 1)
+    problem = problem._replace(x=x, weight=problem.weight.t().contiguous().t(), bias=(None, problem.bias)[seed % 2])
+    plan = Plan("kernels", (("masked_grads-64x64x64-w4-s3-p1-r272",) if seed == 2 else ()))
+    prepared, needs = problem.prepared(), (True, True, True, seed != 1)
+    actual = [plans.forward(Plan("kernels"), prepared, 90)]
+    found = plans.backward(plan, prepared, plans.matrix(grad), needs, 90)
+    assert (found[0] is None) == (seed == 2)
+    actual += op.completed(found, plans.matrix(grad), prepared, needs)
+    references = []
+    for given in (problem, double(problem)):
+        own = grad.to(given.x.dtype)
+        references.append([op.cast_forward(*given), *op.cast_backward(own, *given[:5], needs)])
+    for result, chained, exact in zip(actual, *references, strict=True):
+        check_accurate(result.view(exact.shape), chained, exact)
 
 
 def is_interpreting() -> bool:

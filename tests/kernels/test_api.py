@@ -23,6 +23,7 @@ PUBLIC = [
     "MaskedLinear",
     "MixedRankLinear",
     "Norm",
+    "PackedMask",
     "__version__",
     "accumulate_movement_",
     "build_info",

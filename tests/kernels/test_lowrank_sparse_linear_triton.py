@@ -13,7 +13,16 @@ import interpreted
 from accuracy import check_accurate
 from lpaf_kernels import LowRankSparseLinear, use_provider
 from lpaf_kernels.triton.launch import LAUNCHES, MAX_WIDTH, Launch, default_launch, split_depth, split_width
-from lpaf_kernels.triton.shipped import ALL_CASES, ATTENTION_KERNELS, CORE_CASES, SHAPES, TF32_SHAPES, calls, faults
+from lpaf_kernels.triton.shipped import (
+    ALL_CASES,
+    ATTENTION_KERNELS,
+    CORE_CASES,
+    MASKED_KERNELS,
+    SHAPES,
+    TF32_SHAPES,
+    calls,
+    faults,
+)
 from lpaf_kernels.tuning.dispatch import matrix_unit
 
 OWN = ("project", "expand", "one_kernel", "outer")
@@ -130,8 +139,10 @@ def test_resources_see_spills() -> None:
 
 def test_grid_fits_for_a_million_rows() -> None:
     layer, sequences = ((1 << 20, 4096, 11008, 260, 0), "none"), ((8192, 128, 32, 8, 128, 80, 0), "padding")
+    masked = ((1 << 20, 4096, 11008), torch.float32)
     for launch in LAUNCHES.values():
         shape, variant = sequences if launch.kernel in ATTENTION_KERNELS else layer
+        shape, variant = masked if launch.kernel in MASKED_KERNELS else (shape, variant)
         for call in calls(launch, shape, torch.bfloat16, variant):
             assert call.grid[0] < 2**31
             assert all(side < 2**16 for side in call.grid[1:])

@@ -293,5 +293,7 @@ def test_explain_says_what_runs() -> None:
         assert dispatch.explain(layer.bfloat16(), 512, gpu=GPU).plan.provider == "two_kernels"
         assert dispatch.explain(layer.float(), 512, gpu=GPU).plan.provider == "two_kernels"
         assert dispatch.explain(layer.double(), 512, gpu=GPU).plan.provider == "chain"
-    with pytest.raises(TypeError, match="layer: expected a LowRankSparseLinear or a block of them, got Linear"):
+    with pytest.raises(
+        TypeError, match="layer: expected a LowRankSparseLinear, a block of them or a MaskedLinear, got L"
+    ):
         dispatch.explain(torch.nn.Linear(3, 3), 512, gpu=GPU)

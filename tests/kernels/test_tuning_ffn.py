@@ -119,7 +119,9 @@ def test_explain(write) -> None:
         assert explain(Block(80), 16, gpu=GPU).reason == "forced by use_provider"
     broken = Block(80)
     broken.second = torch.nn.Linear(3072, 768)
-    with pytest.raises(TypeError, match="layer: expected a LowRankSparseLinear or a block of them, got Block"):
+    with pytest.raises(
+        TypeError, match="layer: expected a LowRankSparseLinear, a block of them or a MaskedLinear, got B"
+    ):
         explain(broken, 16, gpu=GPU)
 
 
