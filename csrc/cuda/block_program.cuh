@@ -32,6 +32,13 @@ LPAF_DEVICE To from_bits(From bits) {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// Tells the compiler about a pointer that was read from memory.
+template <class T>
+__device__ T* in_global(T* pointer) {
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
 // Both return the old value.
 template <class T>
 __device__ T atomic_add(T* target, T amount) {
@@ -84,6 +91,10 @@ __global__ void __launch_bounds__(Program::kThreads, Program::kBlocksPerProcesso
 
 #else  // one block at a time, one thread at a time, one lane per warp
 
+template <class T>
+T* in_global(T* pointer) {
+    return pointer;
+}
 template <class T>
 T atomic_add(T* target, T amount) {
     const T old = *target;

@@ -83,19 +83,18 @@ struct Rank {
     static constexpr int kBits = 8 * static_cast<int>(sizeof(typename Format::Bits));
     static constexpr int kLevels = (kBits + kDigitBits - 1) / kDigitBits;
     static constexpr Key kSign = Key{1} << (kBits - 1);
+    static constexpr Key kZero = kSign - 1;  // the rank of 0.0 and -0.0
 
     static constexpr int width(int level) { return std::min(kDigitBits, kBits - level * kDigitBits); }
     static constexpr int shift(int level) { return kBits - level * kDigitBits - width(level); }
 
-    LPAF_DEVICE static bool is_nan(Key bits) { return (bits & ~kSign) > Format::kInfinity; }
+    // That of a NaN, and of nothing else, is above the format's infinity.
+    LPAF_DEVICE static Key magnitude(Key bits) { return bits & (kSign - 1); }
 
-    // -0.0 becomes 0.0; then positive numbers reverse their order below the negative ones.
-    LPAF_DEVICE static Key of(Key bits) { return reversed(bits == kSign ? Key{0} : bits); }
-    LPAF_DEVICE static typename Format::Value value(Key rank) { return Format::value(reversed(rank)); }
-
-  private:
-    LPAF_DEVICE static Key reversed(Key bits) {
-        return (bits & kSign) != 0 ? bits : bits ^ static_cast<Key>(kSign - 1);
+    // Positive numbers lie below the rank of zero, negative ones above it, each by its magnitude.
+    LPAF_DEVICE static Key of(Key bits) { return (bits & kSign) != 0 ? bits - kSign + kZero : kZero - bits; }
+    LPAF_DEVICE static typename Format::Value value(Key rank) {
+        return Format::value(rank > kZero ? rank - kZero + kSign : kZero - rank);
     }
 };
 
@@ -305,7 +304,7 @@ class SelectDigit {
     template <class VisitPack, class Visit>
     LPAF_DEVICE static void for_each_entry(const Chunk& chunk, int thread, const VisitPack& visit_pack,
                                            const Visit& visit) {
-        const Bits* scores = static_cast<const Bits*>(chunk.scores);
+        const Bits* scores = in_global(static_cast<const Bits*>(chunk.scores));
         const int size = static_cast<int>(chunk.size);
         const auto misalignment = reinterpret_cast<std::uintptr_t>(scores) % sizeof(ScorePack);
         const int to_aligned = misalignment == 0 ? 0 : kPackWidth - static_cast<int>(misalignment / sizeof(Bits));
@@ -316,18 +315,20 @@ class SelectDigit {
         if (thread < size - tail) visit(scores[tail + thread], tail + thread);
 
         const ScorePack* aligned = reinterpret_cast<const ScorePack*>(scores + head);
-        for (int base = thread; base - thread < packs; base += kBatch * kThreads) {
+        int base = 0;
+        for (; base + kBatch * kThreads <= packs; base += kBatch * kThreads) {
             ScorePack batch[kBatch];
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int pack = base + i * kThreads;
-                batch[i] = pack < packs ? aligned[pack] : ScorePack{};
-            }
+            for (int i = 0; i < kBatch; ++i) batch[i] = aligned[base + i * kThreads + thread];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                const int pack = base + i * kThreads;
-                visit_pack(batch[i], head + pack * kPackWidth, pack < packs);
+                visit_pack(batch[i], head + (base + i * kThreads + thread) * kPackWidth, true);
             }
+        }
+        for (; base < packs; base += kThreads) {
+            const int pack = base + thread;
+            const bool exists = pack < packs;
+            visit_pack(exists ? aligned[pack] : ScorePack{}, head + pack * kPackWidth, exists);
         }
     }
 
@@ -355,10 +356,12 @@ class SelectDigit {
     LPAF_DEVICE void count_chunk(int thread) {
         const Key prefix = static_cast<Key>(selection_.prefix);
         const Count max_weight = selection_.max_weight;
+        Key largest = 0;
         bool is_invalid = false;
         const auto check = [&](Key bits, int i) {
-            if constexpr (kIsFirst) is_invalid |= Rank<Format>::is_nan(bits);
-            if constexpr (kIsFirst && kWeighted) is_invalid |= amount(chunk_, i) - 1 >= max_weight;
+            const Key magnitude = Rank<Format>::magnitude(bits);
+            largest = magnitude > largest ? magnitude : largest;
+            if constexpr (kWeighted) is_invalid |= amount(chunk_, i) - 1 >= max_weight;
         };
         const auto count = [&](unsigned bin, int i) {
             if (bin != kNoBin) atomic_add(&shared_.bins[bin], amount(chunk_, i));
@@ -370,7 +373,7 @@ class SelectDigit {
             for (int i = 0; i < kPackWidth; ++i) {
                 bins[i] = exists ? bin_of(pack.entries[i], prefix) : kNoBin;
                 all_equal &= bins[i] == bins[0];
-                if (exists) check(pack.entries[i], first + i);
+                if (kIsFirst && exists) check(pack.entries[i], first + i);
             }
             if (warp_agrees(bins[0], all_equal)) {  // else equal scores would wait for each other
                 if (bins[0] == kNoBin) return;
@@ -385,10 +388,10 @@ class SelectDigit {
             }
         };
         for_each_entry(chunk_, thread, visit_pack, [&](Bits bits, int i) {
-            check(bits, i);
+            if (kIsFirst) check(bits, i);
             count(bin_of(bits, prefix), i);
         });
-        if (is_invalid) atomic_or(&shared_.is_invalid, 1u);
+        if (is_invalid || largest > Format::kInfinity) atomic_or(&shared_.is_invalid, 1u);
     }
 
     LPAF_DEVICE TieCount* tie_counts(std::int64_t chunk) const {
