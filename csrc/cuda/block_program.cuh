@@ -1,5 +1,5 @@
 // A kernel as phases between barriers. On the GPU every thread of a block runs each phase, then waits for the
-// others. Under a host compiler one thread takes the turns of all, so that algorithms are tested without a GPU.
+// others. Under a host compiler one thread takes the turns of all, so that a test needs no GPU.
 //
 // A program is a class with
 //   kThreads, kBlocksPerProcessor   its launch bounds;

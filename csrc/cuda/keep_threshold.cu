@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& scores, double keep
                                   const std::optional<std::vector<Tensor>>& weights) {
     using Value = typename Format::Value;
     constexpr ScalarType value_type = sizeof(Value) == 8 ? ScalarType::Double : ScalarType::Float;
-    std::vector<Tensor> contiguous;  // keeps copies of strided tensors alive until the launches are in the stream
+    std::vector<Tensor> contiguous;  // keeps copies of strided tensors alive until all is launched
     std::vector<radix_select::ScoreSpan> spans;
     const auto data_of = [&contiguous](const Tensor& tensor) {
         contiguous.push_back(torch::stable::contiguous(tensor));

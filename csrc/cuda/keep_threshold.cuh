@@ -1,10 +1,10 @@
 // Exact selection of the share of scores to keep on the GPU: a most-significant-digit radix select. No torch.
 //
 // Scores are mapped to unsigned ranks, lower for higher scores. One launch per digit of the rank: every block
-// counts the digit over one chunk of one tensor, among the entries whose leading digits are those chosen so far.
-// The block that finishes last for a selection chooses its digit: the one at which the counts, added up from
-// the best, reach the last kept entry. Every chunk keeps its counts of the last digit, so that the entry is then
-// found among the ties by reading one chunk.
+// counts the digit over one chunk of one tensor, among the entries whose leading digits are those chosen so
+// far. The block that finishes last for a selection chooses its digit: the one at which the counts, added up
+// from the best, reach the last kept entry. Every chunk keeps its counts of the last digit, so that the entry
+// is then found among the ties by reading one chunk.
 //
 // With weights the counts are sums of weights, and the entry looked for is the first that does not fit.
 #pragma once
@@ -29,10 +29,12 @@ using Count = unsigned long long;
 constexpr int kDigitBits = 11;
 constexpr int kMaxBins = 1 << kDigitBits;
 constexpr int kSelectThreads = 256;
-constexpr int kChunk = 1 << 15;                     // entries of one block; their number fits in 16 bits
-constexpr int kSegment = kChunk / kSelectThreads;  // entries that are counted as one when a chunk is searched
-constexpr int kTableSpans = 256;                    // tensors that one launch of Prepare describes
-constexpr Count kMaxTotal = Count{1} << 62;         // weights may add up to this
+constexpr int kMinChunk = 1 << 12;                    // entries of one block
+constexpr int kMaxChunk = 1 << 15;                    // its counts fit in 16 bits
+constexpr int kSegment = kMaxChunk / kSelectThreads;  // entries counted as one when a chunk is searched
+constexpr int kEnoughBlocks = 1024;                   // with fewer, chunks are shorter
+constexpr int kTableSpans = 256;                      // tensors that one launch of Prepare describes
+constexpr Count kMaxTotal = Count{1} << 62;           // weights may add up to this
 
 // Formats of scores, read as bits.
 
@@ -128,12 +130,12 @@ struct Selection {
     std::int64_t first_chunk, chunks;
     std::int64_t first_span, spans;
     std::int64_t entries;
-    Count target;          // the sum of the counts, from the best entry, that the threshold reaches
-    Count needed;          // of it, what the entries ranked before the chosen digits leave
-    Count prefix;          // the digits chosen so far
-    unsigned arrived;      // blocks that have counted the current digit
-    unsigned is_invalid;   // a score is NaN or a weight is out of range
-    unsigned is_settled;   // known without another digit
+    Count target;         // the sum of the counts, from the best entry, that the threshold reaches
+    Count needed;         // of it, what the entries ranked before the chosen digits leave
+    Count prefix;         // the digits chosen so far
+    unsigned arrived;     // blocks that have counted the current digit
+    unsigned is_invalid;  // a score is NaN or a weight is out of range
+    unsigned is_settled;  // known without another digit
 };
 
 struct Workspace {
@@ -142,11 +144,6 @@ struct Workspace {
     Extent* extents;
     void* tie_counts;  // [chunks, bins of the last digit]
 };
-
-// An empty tensor has one empty chunk, so that every selection has a block.
-constexpr std::int64_t chunks_of(std::int64_t size) {
-    return size <= kChunk ? 1 : (size + kChunk - 1) / kChunk;
-}
 
 // Writes the chunks, extents and selections of up to kTableSpans tensors, one per block.
 class Prepare {
@@ -162,6 +159,7 @@ class Prepare {
     struct Arguments {
         Workspace workspace;
         int score_bytes;
+        int chunk;  // entries of one
         bool across;
         std::int64_t spans, chunks, entries;  // of the whole list
         std::int64_t first_span;
@@ -184,11 +182,11 @@ class Prepare {
         const ScoreSpan& span = source_.span;
         if (thread == 0) arguments_.workspace.extents[span_] = {source_.first, span.size};
         for (std::int64_t i = thread; i < source_.chunks; i += kThreads) {
-            const std::int64_t begin = i * kChunk, rest = span.size - begin;
+            const std::int64_t begin = i * arguments_.chunk, rest = span.size - begin;
             arguments_.workspace.chunks[source_.first_chunk + i] = {
                 static_cast<const char*>(span.scores) + begin * arguments_.score_bytes,
                 span.weights == nullptr ? nullptr : span.weights + begin, source_.first + begin,
-                static_cast<std::uint32_t>(rest < kChunk ? rest : kChunk),
+                static_cast<std::uint32_t>(rest < arguments_.chunk ? rest : arguments_.chunk),
                 static_cast<std::uint32_t>(arguments_.across ? 0 : span_)};
         }
     }
@@ -222,14 +220,14 @@ struct SelectArguments {
     std::int64_t* tie_index;
 };
 
-// Counts one digit over one chunk; the last block of a selection chooses the digit and, at the last level, finds
-// the entry and writes the result.
+// Counts one digit over one chunk; the last block of a selection chooses the digit and, at the last level,
+// finds the entry and writes the result.
 template <class Format, bool kWeighted, int kLevel>
 class SelectDigit {
   public:
     using Key = typename Format::Key;
     using Value = typename Format::Value;
-    using Amount = std::conditional_t<kWeighted, Count, unsigned>;           // of one chunk
+    using Amount = std::conditional_t<kWeighted, Count, unsigned>;         // of one chunk
     using TieCount = std::conditional_t<kWeighted, Count, std::uint16_t>;  // in the workspace
 
     static constexpr int kThreads = kSelectThreads;
@@ -276,7 +274,7 @@ class SelectDigit {
                 return;
             }
         }
-        find_slice(each, kBins, bin);
+        find_item(each, kBins, bin);
         if constexpr (kIsLast) {
             find_entry(each);
             each([this](int thread) { write_result(thread); });
@@ -299,15 +297,15 @@ class SelectDigit {
     static constexpr int kBatch = kWeighted ? 2 : 4;  // packs that a thread loads at once
     using ScorePack = Pack<Bits, kPackWidth>;
 
-    // Visits each entry of a chunk on one thread of the block: visit_pack(pack, index of its first entry, whether
-    // there is one) on whole warps, visit(bits, index) for the few before and behind the aligned packs.
+    // Shows each entry of a chunk to one thread: visit_pack(pack, index of its first entry, whether there is
+    // one) is called on whole warps, visit(bits, index) for the few entries before and behind aligned packs.
     template <class VisitPack, class Visit>
     LPAF_DEVICE static void for_each_entry(const Chunk& chunk, int thread, const VisitPack& visit_pack,
                                            const Visit& visit) {
         const Bits* scores = in_global(static_cast<const Bits*>(chunk.scores));
         const int size = static_cast<int>(chunk.size);
-        const auto misalignment = reinterpret_cast<std::uintptr_t>(scores) % sizeof(ScorePack);
-        const int to_aligned = misalignment == 0 ? 0 : kPackWidth - static_cast<int>(misalignment / sizeof(Bits));
+        const auto address = reinterpret_cast<std::uintptr_t>(scores);
+        const int to_aligned = static_cast<int>((0 - address) % sizeof(ScorePack) / sizeof(Bits));
         const int head = to_aligned < size ? to_aligned : size;
         const int packs = (size - head) / kPackWidth;
         const int tail = head + packs * kPackWidth;
@@ -416,9 +414,11 @@ class SelectDigit {
         if constexpr (!kIsFirst) shared_.needed = selection_.needed;
     }
 
-    // Where is the sum of `count(0), count(1), ...` up to `needed`? Each thread adds up a slice.
+    // Items that one thread adds up.
     LPAF_DEVICE static std::int64_t slice_of(std::int64_t items) { return (items + kThreads - 1) / kThreads; }
 
+    // The first half of a search among the items 0, 1, ... for the one at which the sum of count_of(item)
+    // reaches `needed`: each thread adds up a slice, some add up the slices of a group.
     template <class Each, class CountOf>
     LPAF_DEVICE void sum_slices(const Each& each, std::int64_t items, const CountOf& count_of) {
         each([&](int thread) {
@@ -435,10 +435,10 @@ class SelectDigit {
         });
     }
 
-    // Sets `position` to the item that reaches `needed`, from which it takes what comes before. Nothing here runs
-    // out of bounds, even if another stream changes the scores meanwhile.
+    // The second half: sets `position` to that item and takes what comes before it from `needed`. Stays in
+    // bounds even if another stream changes the scores meanwhile.
     template <class Each, class CountOf>
-    LPAF_DEVICE void find_slice(const Each& each, std::int64_t items, const CountOf& count_of) {
+    LPAF_DEVICE void find_item(const Each& each, std::int64_t items, const CountOf& count_of) {
         each([&](int thread) {
             if (thread != 0) return;
             Count needed = shared_.needed;
@@ -495,16 +495,18 @@ class SelectDigit {
         const std::int64_t digit = shared_.position;
         const Key rank = static_cast<Key>(selection_.prefix << kWidth | static_cast<Count>(digit));
 
-        const auto ties_of_chunk = [&](std::int64_t i) { return tie_counts(selection_.first_chunk + i)[digit]; };
+        const auto ties_of_chunk = [&](std::int64_t i) {
+            return tie_counts(selection_.first_chunk + i)[digit];
+        };
         sum_slices(each, selection_.chunks, ties_of_chunk);
-        find_slice(each, selection_.chunks, ties_of_chunk);
+        find_item(each, selection_.chunks, ties_of_chunk);
         const Chunk chunk = arguments_.workspace.chunks[selection_.first_chunk + shared_.position];
 
         each([this](int thread) { clear(thread); });
         each([&](int thread) { count_segments(chunk, rank, thread); });
         const auto ties_of_segment = [this](std::int64_t i) { return shared_.bins[i]; };
         sum_slices(each, kThreads, ties_of_segment);
-        find_slice(each, kThreads, ties_of_segment);
+        find_item(each, kThreads, ties_of_segment);
         const int segment = static_cast<int>(shared_.position) * kSegment;
 
         const auto ties_of_entry = [&](std::int64_t i) -> Count {
@@ -514,7 +516,7 @@ class SelectDigit {
             return Rank<Format>::of(bits) == rank ? amount(chunk, entry) : 0;
         };
         sum_slices(each, kSegment, ties_of_entry);
-        find_slice(each, kSegment, ties_of_entry);
+        find_item(each, kSegment, ties_of_entry);
         each([&](int thread) {
             if (thread == 0) set_threshold(rank, chunk.first + segment + shared_.position);
         });
@@ -561,12 +563,11 @@ template <class Format, bool kWeighted>
 class KeepThreshold {
   public:
     // The data of `spans` stays where it is until the launches have run.
-    KeepThreshold(std::vector<ScoreSpan> spans, double keep, bool across)
+    KeepThreshold(std::vector<ScoreSpan> spans, double keep, bool across, int enough_blocks = kEnoughBlocks)
         : spans_(std::move(spans)), keep_(keep), across_(across) {
-        for (const ScoreSpan& span : spans_) {
-            entries_ += span.size;
-            chunks_ += chunks_of(span.size);
-        }
+        for (const ScoreSpan& span : spans_) entries_ += span.size;
+        while (chunk_ < kMaxChunk && entries_ / chunk_ > enough_blocks) chunk_ *= 2;
+        for (const ScoreSpan& span : spans_) chunks_ += chunks_of(span);
     }
 
     // Device memory that run() needs, whatever it holds.
@@ -576,9 +577,9 @@ class KeepThreshold {
     template <class Launcher>
     void run(void* memory, typename Format::Value* value, std::int64_t* tie_index, Launcher& launcher) const {
         auto* bytes = static_cast<std::byte*>(memory);
-        const Workspace workspace{reinterpret_cast<Selection*>(bytes),
-                                  reinterpret_cast<Chunk*>(bytes + chunks_offset()),
-                                  reinterpret_cast<Extent*>(bytes + extents_offset()), bytes + tie_counts_offset()};
+        const Workspace workspace{
+            reinterpret_cast<Selection*>(bytes), reinterpret_cast<Chunk*>(bytes + chunks_offset()),
+            reinterpret_cast<Extent*>(bytes + extents_offset()), bytes + tie_counts_offset()};
         prepare(workspace, launcher);
         select(Arguments{workspace, keep_, value, tie_index}, launcher,
                std::make_integer_sequence<int, Rank<Format>::kLevels>{});
@@ -591,6 +592,11 @@ class KeepThreshold {
     using LastDigit = Digit<Rank<Format>::kLevels - 1>;
     using TieCounts = typename LastDigit::TieCount[LastDigit::kBins];
 
+    // An empty tensor has one empty chunk, so that every selection has a block.
+    std::int64_t chunks_of(const ScoreSpan& span) const {
+        return std::max<std::int64_t>(1, (span.size + chunk_ - 1) / chunk_);
+    }
+
     std::size_t chunk_count() const { return static_cast<std::size_t>(chunks_); }
     std::size_t chunks_offset() const { return (across_ ? 1 : spans_.size()) * sizeof(Selection); }
     std::size_t extents_offset() const { return chunks_offset() + chunk_count() * sizeof(Chunk); }
@@ -599,13 +605,14 @@ class KeepThreshold {
     template <class Launcher>
     void prepare(const Workspace& workspace, Launcher& launcher) const {
         const auto count = static_cast<std::int64_t>(spans_.size());
-        Prepare::Arguments table{workspace, sizeof(typename Format::Bits), across_, count, chunks_, entries_, 0, {}};
+        constexpr int kScoreBytes = sizeof(typename Format::Bits);
+        Prepare::Arguments table{workspace, kScoreBytes, chunk_, across_, count, chunks_, entries_, 0, {}};
         std::int64_t filled = 0, first = 0, first_chunk = 0;
         for (std::int64_t i = 0; i < count; ++i) {
             const ScoreSpan& span = spans_[static_cast<std::size_t>(i)];
-            table.sources[filled++] = {span, first, first_chunk, chunks_of(span.size)};
+            table.sources[filled++] = {span, first, first_chunk, chunks_of(span)};
             if (across_) first += span.size;
-            first_chunk += chunks_of(span.size);
+            first_chunk += chunks_of(span);
             if (filled < kTableSpans && i + 1 < count) continue;
             launcher.template run<Prepare>(filled, table);
             table.first_span += std::exchange(filled, 0);
@@ -613,13 +620,15 @@ class KeepThreshold {
     }
 
     template <class Launcher, int... kLevels>
-    void select(const Arguments& arguments, Launcher& launcher, std::integer_sequence<int, kLevels...>) const {
+    void select(const Arguments& arguments, Launcher& launcher,
+                std::integer_sequence<int, kLevels...>) const {
         (launcher.template run<Digit<kLevels>>(chunks_, arguments), ...);
     }
 
     std::vector<ScoreSpan> spans_;
     double keep_;
     bool across_;
+    int chunk_ = kMinChunk;
     std::int64_t entries_ = 0;
     std::int64_t chunks_ = 0;
 };

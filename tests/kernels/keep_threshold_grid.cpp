@@ -40,10 +40,11 @@ class HostLauncher {
 };
 
 template <class Format, bool kWeighted>
-void select(const std::vector<ScoreSpan>& spans, double keep, bool across, std::uint64_t seed, void* value,
-            std::int64_t* tie_index) {
-    const KeepThreshold<Format, kWeighted> threshold(spans, keep, across);
-    std::vector<std::uint64_t> workspace(threshold.workspace_bytes() / sizeof(std::uint64_t) + 1, 0xA5A5A5A5A5A5A5A5u);
+void select(const std::vector<ScoreSpan>& spans, double keep, bool across, int enough_blocks,
+            std::uint64_t seed, void* value, std::int64_t* tie_index) {
+    const KeepThreshold<Format, kWeighted> threshold(spans, keep, across, enough_blocks);
+    std::vector<std::uint64_t> workspace(threshold.workspace_bytes() / sizeof(std::uint64_t) + 1,
+                                         0xA5A5A5A5A5A5A5A5u);
     HostLauncher launcher(seed);
     threshold.run(workspace.data(), static_cast<typename Format::Value*>(value), tie_index, launcher);
 }
@@ -52,8 +53,9 @@ void select(const std::vector<ScoreSpan>& spans, double keep, bool across, std::
 
 // format: 0 float32, 1 float64, 2 float16, 3 bfloat16. weights is null or holds a pointer per tensor.
 extern "C" void keep_threshold_grid(int format, std::int64_t count, const void* const* scores,
-                                    const std::int64_t* const* weights, const std::int64_t* sizes, double keep,
-                                    bool across, std::uint64_t seed, void* value, std::int64_t* tie_index) {
+                                    const std::int64_t* const* weights, const std::int64_t* sizes,
+                                    double keep, bool across, int enough_blocks, std::uint64_t seed,
+                                    void* value, std::int64_t* tie_index) {
     std::vector<ScoreSpan> spans;
     for (std::int64_t i = 0; i < count; ++i) {
         spans.push_back({scores[i], weights == nullptr ? nullptr : weights[i], sizes[i]});
@@ -64,5 +66,5 @@ extern "C" void keep_threshold_grid(int format, std::int64_t count, const void* 
         {select<Float16, false>, select<Float16, true>},
         {select<BFloat16, false>, select<BFloat16, true>},
     };
-    kSelect[format][weights != nullptr](spans, keep, across, seed, value, tie_index);
+    kSelect[format][weights != nullptr](spans, keep, across, enough_blocks, seed, value, tie_index);
 }

@@ -137,11 +137,13 @@ def test_what_the_fallback_gives_where_nothing_is_raised(dtype):
         weights = ones.clone()
         weights[3] = count
         value, tie_index = _select(scores, 0.5, weights)
-        assert value.isnan() and tie_index == 0
+        assert value.isnan()
+        assert tie_index == 0
     scores[7] = math.nan
     for weights in (None, ones):
         value, tie_index = _select(scores, 0.5, weights)
-        assert value.isnan() and tie_index == 0
+        assert value.isnan()
+        assert tie_index == 0
 
 
 @pytest.mark.usefixtures("device")
