@@ -231,7 +231,7 @@ class SelectDigit {
     using TieCount = std::conditional_t<kWeighted, Count, std::uint16_t>;  // in the workspace
 
     static constexpr int kThreads = kSelectThreads;
-    static constexpr int kBlocksPerProcessor = 4;
+    static constexpr int kBlocksPerProcessor = kWeighted ? 3 : 4;
     static constexpr int kBins = 1 << Rank<Format>::width(kLevel);
     static constexpr int kCounters = std::max(kBins, kThreads);
     static constexpr int kGroup = 16;
@@ -294,7 +294,8 @@ class SelectDigit {
     static constexpr Value kNan = std::numeric_limits<Value>::quiet_NaN();
 
     static constexpr int kPackWidth = 16 / static_cast<int>(sizeof(Bits));
-    static constexpr int kBatch = kWeighted ? 2 : 4;  // packs that a thread loads at once
+    // Packs that a thread loads at once: as many as its registers hold with their bins or weights.
+    static constexpr int kBatch = kWeighted || kPackWidth > 4 ? 2 : 4;
     using ScorePack = Pack<Bits, kPackWidth>;
 
     // Shows each entry of a chunk to one thread: visit_pack(pack, index of its first entry, whether there is
