@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/pack.cuh"
+
 namespace lpaf::cuda {
 
 __device__ inline float widen(float value) {
@@ -47,12 +49,6 @@ struct ThresholdOf {
 template <>
 struct ThresholdOf<double> {
     using type = double;
-};
-
-// kWidth consecutive entries, moved by as few memory instructions as the type allows.
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-    T entries[kWidth];
 };
 
 }  // namespace lpaf::cuda

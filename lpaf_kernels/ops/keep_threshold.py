@@ -13,6 +13,7 @@ from .._library import library, register_fallback
 from ._checks import FLOATING, check_device, check_floating, check_fraction, check_shape
 
 SCOPES = ("matrix", "global")
+_MAX_TOTAL = 1 << 62  # the counts of one selection may add up to this
 
 
 class PackedMask(NamedTuple):
@@ -97,12 +98,14 @@ def keep_threshold(
 
     Returns:
         A :class:`KeepThreshold` for a tensor, a list of them for a sequence. Nothing kept is (+inf, 0),
-        everything (-inf, numel).
+        everything (-inf, numel). Otherwise the threshold stands behind the last kept entry; with ``weights`` on
+        CUDA it may stand before the first that does not fit.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a NaN score (on
-            CPU; on
-        CUDA the value is NaN then, which keeps nothing and can be read when the caller next synchronises).
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; on CPU, a NaN score or
+            a count that is not positive. CUDA does not wait to find out: the selection that holds one, or a count
+            above 2^62 / (entries of the selection), gets value NaN and tie_index 0, which keep nothing and can be
+            read when the caller next synchronises.
     """
     single = isinstance(scores, Tensor)
     tensors = [scores] if single else _sequence("scores", scores)
@@ -212,7 +215,10 @@ def _select(scores: Tensor, keep: float, weights: Tensor | None) -> tuple[Tensor
     value, tie_index = ranked[last], order[last] + 1
     value = torch.where(kept == 0, math.inf, torch.where(kept == total, -math.inf, value)).to(dtype)
     tie_index = torch.where(kept == 0, 0, torch.where(kept == total, total, tie_index))
-    return torch.where(scores.isnan().any(), math.nan, value), tie_index
+    invalid = scores.isnan().any()
+    if weights is not None:
+        invalid = invalid | ((weights < 1) | (weights > _MAX_TOTAL // total)).any()
+    return torch.where(invalid, math.nan, value), torch.where(invalid, 0, tie_index)
 
 
 def _keep_threshold(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,10 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpaf_kernels import KeepThreshold, keep_threshold
-from lpaf_kernels.ops.keep_threshold import _keep_threshold, keep_threshold_reference
+from lpaf_kernels.ops.keep_threshold import _keep_threshold, _select, keep_threshold_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHARES = [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1.0]
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the tensors of a test are made."""
+    with torch.device(request.param):
+        yield request.param
 
 
 def patterns(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -36,6 +46,7 @@ def patterns(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", SHARES)
 def test_matches_the_sort(dtype, keep):
@@ -49,6 +60,7 @@ def test_matches_the_sort(dtype, keep):
         assert threshold.tie_index.dtype == torch.int64
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -69,6 +81,7 @@ entries = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, 1e-40
 )
 
 
+@pytest.mark.parametrize("place", DEVICES)
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(st.lists(st.tuples(entries, st.integers(1, 2000)), min_size=1, max_size=30), min_size=1, max_size=3),
@@ -76,16 +89,17 @@ entries = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, 1e-40
     scope=st.sampled_from(["matrix", "global"]),
     weighted=st.booleans(),
 )
-def test_matches_the_sort_on_anything(rows, keep, scope, weighted):
-    scores = [torch.tensor([score for score, _ in row], dtype=torch.float32) for row in rows]
-    weights = [torch.tensor([weight for _, weight in row]) for row in rows] if weighted else None
+def test_matches_the_sort_on_anything(rows, keep, scope, weighted, place):
+    scores = [torch.tensor([score for score, _ in row], dtype=torch.float32, device=place) for row in rows]
+    weights = [torch.tensor([weight for _, weight in row], device=place) for row in rows] if weighted else None
     thresholds = keep_threshold(scores, keep, scope, weights)
     for threshold, tensor, mask in zip(
         thresholds, scores, keep_threshold_reference(scores, keep, scope, weights), strict=True
     ):
-        assert torch.equal(threshold.mask(tensor), mask)
+        assert torch.equal(threshold.mask(tensor).cpu(), mask)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_large_tensors_match_a_stable_sort(weighted, threads):
@@ -142,6 +156,7 @@ def test_nan_is_found_among_many_matrices():
             keep_threshold(scores, 0.5, scope)
 
 
+@pytest.mark.usefixtures("device")
 def test_nothing_and_everything():
     scores = torch.randn(6)
     assert keep_threshold(scores, 0.0) == (math.inf, 0)
@@ -149,12 +164,31 @@ def test_nothing_and_everything():
     assert keep_threshold(scores, 0.1, weights=torch.full((6,), 100)) == (math.inf, 0)
 
 
+@pytest.mark.usefixtures("device")
 def test_same_result_every_time():
     scores = torch.randint(0, 5, (1000, 300)).float()
     first = keep_threshold(scores, 0.5)
     assert all(keep_threshold(scores, 0.5) == first for _ in range(3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_fallback_gives_where_nothing_is_raised(dtype):
+    scores, ones = torch.randn(20).to(dtype), torch.ones(20, dtype=torch.int64)
+    assert not _select(scores, 0.5, ones)[0].isnan()
+    for count in (0, -1, 1 << 58):
+        weights = ones.clone()
+        weights[3] = count
+        value, tie_index = _select(scores, 0.5, weights)
+        assert value.isnan()
+        assert tie_index == 0
+    scores[7] = math.nan
+    for weights in (None, ones):
+        value, tie_index = _select(scores, 0.5, weights)
+        assert value.isnan()
+        assert tie_index == 0
+
+
+@pytest.mark.usefixtures("device")
 def test_is_not_differentiated():
     scores = torch.randn(6, requires_grad=True)
     threshold = keep_threshold(scores, 0.5)

@@ -314,14 +314,16 @@ def test_cuda_library_loads_without_a_gpu():
     code = (
         "import sys, torch\n"
         "library = torch.library.Library('lpaf_kernels', 'DEF')\n"
-        "name = 'lpaf_kernels::masked_linear_weight'\n"
         "library.define('masked_linear_weight(Tensor weight, Tensor scores, Tensor value,'\n"
         "               ' Tensor tie_index, ScalarType dtype) -> Tensor')\n"
+        "library.define('keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights)'\n"
+        "               ' -> (Tensor value, Tensor tie_index)')\n"
         "torch.ops.load_library(sys.argv[1])\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key(name, 'CUDA'))\n"
+        "for name in ('masked_linear_weight', 'keep_threshold'):\n"
+        "    print(torch._C._dispatch_has_kernel_for_dispatch_key('lpaf_kernels::' + name, 'CUDA'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_cuda_kernels_use_no_stack():
@@ -341,7 +343,8 @@ def test_build_refuses_a_cuda_kernel_with_a_stack(source_tree):
         pytest.skip("nvcc is not installed")
     for name in ("masked_linear.cpp", "keep_threshold.cpp", "pruning_updates.cpp"):
         (source_tree / "csrc" / "cpu" / name).write_text("")
-    (source_tree / "csrc" / "cuda" / "pruning_updates.cu").write_text("")
+    for name in ("keep_threshold.cu", "pruning_updates.cu"):
+        (source_tree / "csrc" / "cuda" / name).write_text("")
     (source_tree / "csrc" / "cuda" / "masked_linear.cu").write_text(
         "__global__ void kernel(const int* index, float* out) {\n"
         "    float local[64];\n"
