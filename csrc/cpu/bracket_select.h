@@ -111,7 +111,7 @@ class BracketSelect {
 
   private:
     static constexpr std::int64_t kMinSample = 512, kMaxSample = 1 << 13;
-    static constexpr std::int64_t kSampleShare = 64;  // of the entries, between the two
+    static constexpr std::int64_t kSampleShare = 128;  // of the entries, between the two
     static constexpr double kDeviations = 3;          // by which the bracket is wider than luck
     static constexpr std::size_t kBlock = 512;
     static constexpr std::int64_t kTieBlock = 512;

@@ -229,13 +229,15 @@ def _gram(x: Tensor, halvings: int = 2) -> Tensor:
 
 
 def _scaled(weight: Tensor, d: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """D W with entries of at most 1, so that squares neither overflow nor vanish, and what it was divided by."""
+    """D W at a scale where squares neither overflow nor vanish, and what it was divided by."""
     dw = weight.to(dtype) if d is None else weight.double() * d
     if dw.numel() == 0:
         return dw.to(dtype), dw.new_ones(1)
-    largest = dw.abs().amax((-2, -1), keepdim=True)
+    largest = torch.maximum(dw.amax((-2, -1), keepdim=True), -dw.amin((-2, -1), keepdim=True))
     if not largest.isfinite().all():  # a maximum is as finite as its entries are
         raise ValueError("weights: expected finite values, got NaN or infinity")
+    if ((largest > 1e-4) & (largest < 1e4)).all():
+        return dw.to(dtype), torch.ones_like(largest)
     largest = torch.where(largest > 0, largest, 1.0)
     return (dw / largest).to(dtype), largest
 
@@ -283,35 +285,46 @@ def _leading(dw: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading right singular vectors V [batch, m, rank] of ``dw``, ``dw`` V, and for which of the batch they are as
     good as float64's."""
     n, m = dw.shape[-2:]
-    values, vectors = torch.linalg.eigh(_gram(dw if m <= n else dw.mT))
-    v = vectors[..., -rank:].flip(-1)
-    if m > n:
-        # (D W)^T U = V S has orthogonal columns; QR normalises them, and completes the basis where S is zero.
-        v = torch.linalg.qr(dw.mT @ v).Q
+    gram = _gram(dw if m <= n else dw.mT)
+    values, vectors = torch.linalg.eigh(gram)
+    basis = vectors[..., -rank:].flip(-1)
+    exact = dw.dtype == torch.float64
+    v = basis if m <= n else _orthonormal(dw.mT @ basis, complete=exact)
     projected = dw @ v
-    if dw.dtype == torch.float64 or rank == min(n, m):  # nothing may be left over of full rank: beyond float32
-        trusted = torch.full(dw.shape[:-2], dw.dtype == torch.float64, device=dw.device)
-    else:
-        trusted = _is_optimal(dw, v, projected, values[..., -rank - 1])
-    return v, projected, trusted
-
-
-def _is_optimal(dw: Tensor, v: Tensor, projected: Tensor, next_value: Tensor) -> Tensor:
-    """Whether span(V) provably misses at most ``EXCESS`` of the squared error that is left over.
-
-    With G = (D W)^T D W, H = V^T G V and R = G V - V H, each column j of V can gain at most
-    ||r_j||^2 / max(h_jj - lambda, ||r_j||) by turning towards the rest, whose largest eigenvalue is lambda
-    (perturbation of an invariant subspace; Parlett, The Symmetric Eigenvalue Problem, 11.7).
-    """
+    if exact or rank == min(n, m):  # nothing may be left over of full rank: beyond float32
+        return v, projected, torch.full(dw.shape[:-2], exact, device=dw.device)
     total, captured = (
         torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square() for matrix in (dw, projected)
     )
     left = total - captured
-    small = projected.mT @ projected
-    residual = torch.linalg.vector_norm(dw.mT @ projected - v @ small, dim=-2, dtype=torch.float64)
+    gain = _possible_gain(gram, basis, values[..., -rank - 1], total)
+    return v, projected, (left > LEAST_ERROR * total) & (gain <= EXCESS * left)
+
+
+def _orthonormal(y: Tensor, complete: bool) -> Tensor:
+    """An orthonormal basis of the columns of ``y``, which are orthogonal but for rounding. Where some are zero, QR
+    completes the basis, and the quicker Cholesky factor gives NaN."""
+    if complete:
+        return torch.linalg.qr(y).Q
+    y = y / torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    factor = torch.linalg.cholesky_ex(y.mT @ y, upper=True).L
+    return torch.linalg.solve_triangular(factor, y, upper=True, left=False)
+
+
+def _possible_gain(gram: Tensor, basis: Tensor, next_value: Tensor, total: Tensor) -> Tensor:
+    """By how much the captured part of ``total`` = ||D W||_F^2 could still rise.
+
+    With G the Gram matrix, Q the basis, H = Q^T G Q and R = G Q - Q H, each column j of Q can gain at most
+    ||r_j||^2 / max(h_jj - lambda, ||r_j||) by turning towards the rest, whose largest eigenvalue is lambda
+    (perturbation of an invariant subspace; Parlett, The Symmetric Eigenvalue Problem, 11.7). To ||r_j|| comes what
+    forming G in float32 may have lost.
+    """
+    product = gram @ basis
+    small = basis.mT @ product
+    residual = torch.linalg.vector_norm(product - basis @ small, dim=-2, dtype=torch.float64)
+    residual = residual + torch.finfo(torch.float32).eps * total.unsqueeze(-1)
     gap = small.diagonal(dim1=-2, dim2=-1).double() - next_value.double().unsqueeze(-1)
-    gain = (residual.square() / torch.maximum(gap, residual).clamp(min=torch.finfo(torch.float64).tiny)).sum(-1)
-    return (left > LEAST_ERROR * total) & (gain <= EXCESS * left)
+    return (residual.square() / torch.maximum(gap, residual).clamp(min=torch.finfo(torch.float64).tiny)).sum(-1)
 
 
 def _weighted_svd_fake(weight, rank, row_weights):

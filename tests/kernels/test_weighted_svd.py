@@ -80,9 +80,11 @@ def test_float32_is_trusted_only_where_it_is_as_good(shape, rank, monkeypatch):
             best = error(weight, *weighted_svd_reference(weight, rank, rows), d)
             size = torch.linalg.norm(d * weight.double()).item()
             assert error(weight, a, b, d) - best <= 1e-4 * best + 10 * EPS * size, name
-            # More rank than the matrix has, or than float32 resolves.
+            # More rank than the matrix has, or than float32 resolves; between the two, either will do.
             hard = name in ("rank 3", "zero") or (rank == 200 and name in ("ill-conditioned", "pruned rows"))
-            assert solved == [torch.float32] + [torch.float64] * hard, name
+            easy = name in ("random", "huge", "tiny") or (rank == 40 and name in ("flat spectrum", "pruned rows"))
+            assert solved[0] == torch.float32
+            assert solved[1:] == [torch.float64] if hard else not (easy and solved[1:]), name
 
 
 def test_matrices_of_a_list_do_not_depend_on_the_threads():
