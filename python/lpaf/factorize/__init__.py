@@ -1,6 +1,6 @@
 """Factorisers: ``FACTORIZERS[name](rank=..., weighting=...)(model, scores) -> Factorized``; and choosers of ranks."""
 
-from .ranks import allocate_ranks, comparable, rank_for_error, rank_params
+from .ranks import allocate_ranks, comparable, rank_for_error, rank_params, relative
 from .svd import WEIGHTINGS, Factorized, SVDFactorizer, mask_row_weights, score_row_weights, weighted_spectra
 
 FACTORIZERS = {"svd": SVDFactorizer}
@@ -15,6 +15,7 @@ __all__ = [
     "mask_row_weights",
     "rank_for_error",
     "rank_params",
+    "relative",
     "score_row_weights",
     "weighted_spectra",
 ]

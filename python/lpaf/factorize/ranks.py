@@ -34,6 +34,22 @@ def rank_params(ranks: Mapping[str, int], shapes: Mapping[str, Shape]) -> int:
     return sum(rank * sum(shapes[name]) for name, rank in ranks.items())
 
 
+def comparable(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
+    """``spectra`` as :func:`allocate_ranks` adds them up in ``--rank auto``.
+
+    The row weights of a matrix are known up to a factor, so that only relative errors compare. What is minimised is
+    the sum over the matrices of sqrt(n m) ||D (W - A B)||_F^2 / ||D W||_F^2: with no weight for the size, the matrices
+    of a feed-forward block, whose ranks cost most, are left with almost none (docs/results/rank-allocation.md).
+    """
+    return {name: math.prod(shapes[name]) ** 0.25 * relative(values) for name, values in spectra.items()}
+
+
+def relative(spectrum: torch.Tensor) -> torch.Tensor:
+    """``spectrum`` scaled to a sum of squares of 1; zeros stay."""
+    norm = spectrum.double().norm()
+    return spectrum / norm if norm > 0 else spectrum
+
+
 def allocate_ranks(
     spectra: Mapping[str, torch.Tensor],
     shapes: Mapping[str, Shape],
@@ -146,7 +162,3 @@ def _knapsack(tables: list[np.ndarray], units: list[int], room: int) -> list[int
         counts.append(int(choice[room]))
         room -= counts[-1] * unit
     return counts[::-1]
-
-
-def comparable(spectra: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: values / values.norm().clamp_min(1e-300) for name, values in spectra.items()}

@@ -340,7 +340,7 @@ class Compression:
             spectra = weighted_spectra(model, scores, prepared.method.weighting)
         largest = largest_ranks(shapes, self.options.force)
         if prepared.budget is not None:
-            return allocate_ranks(comparable(spectra), shapes, prepared.budget, largest)
+            return allocate_ranks(comparable(spectra, shapes), shapes, prepared.budget, largest)
         asked = {name: max(rank_for_error(values, self.options.rank_error), 1) for name, values in spectra.items()}
         above = sum(asked[name] > largest[name] for name in asked)
         if above:
