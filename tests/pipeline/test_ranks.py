@@ -296,7 +296,7 @@ def test_two_processes_end_with_the_same_factors(model, tmp_path):
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        results = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
