@@ -77,7 +77,8 @@ def main() -> None:
     )
     run = Compression(prepare(options), command="")
     dense = run.finetune()
-    train_set = run.with_teacher(dense)
+    trains = arguments.retrain_epochs or run.workspace.load("prune") is None
+    train_set = run.with_teacher(dense) if trains else run.train
     pruned = copy.deepcopy(dense)
     embeddings = [module for module in pruned.modules() if isinstance(module, nn.Embedding)]
     nn.ModuleList(embeddings).requires_grad_(False)

@@ -111,24 +111,32 @@ def test_budget_of_bert_base_is_hit_within_one_rank(ratio):
     assert total_error(spectra, ranks) < total_error(spectra, uniform)
 
 
-def test_no_single_exchange_improves_a_large_allocation():
-    """The optimum beyond the reach of brute force: neither moving a rank nor trading 5 small ones for 2 large ones."""
-    spectra = falling(BERT, seed=4)
-    ranks = allocate_ranks(spectra, BERT, resolve_budget(BERT, 0.2))
-    squares = {name: values.square() for name, values in spectra.items()}
-    small = [name for name in BERT if sum(BERT[name]) == 1536]
-    large = [name for name in BERT if sum(BERT[name]) == 3840]
-    for group in (small, large):
-        assert max(squares[n][ranks[n]] for n in group) <= min(squares[n][ranks[n] - 1] for n in group)
-
-    def edge(group: list[str], count: int, side: int) -> float:
-        """What the next (side 0) or the last (side -1) ``count`` ranks of a group gain."""
-        span = range(count) if side == 0 else range(-count, 0)
-        values = sorted((float(squares[n][ranks[n] + i]) for n in group for i in span), reverse=side == 0)
-        return sum(values[:count])
-
-    assert edge(large, 2, 0) <= edge(small, 5, -1)
-    assert edge(small, 5, 0) <= edge(large, 2, -1)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        BERT,
+        {str(i): ((31, 17), (40, 23))[i % 2] for i in range(80)},
+        {str(i): ((20, 22), (16, 80))[i % 2] for i in range(60)},
+    ],
+    ids=["bert", "48 and 63", "42 and 96"],
+)
+@pytest.mark.parametrize("ratio", [0.15, 0.33])
+def test_optimum_of_many_matrices(shapes, ratio):
+    """Two costs leave one choice: how many ranks of the one; the rest buys the other. All of them are tried."""
+    spectra = falling(shapes, seed=4)
+    budget = resolve_budget(shapes, ratio)
+    ranks = allocate_ranks(spectra, shapes, budget)
+    low, high = sorted({sum(shape) for shape in shapes.values()})
+    sums = []
+    for cost in (low, high):
+        names = [name for name in shapes if sum(shapes[name]) == cost]
+        gains = torch.cat([spectra[name][1:].square() for name in names]).sort(descending=True).values
+        sums.append(torch.cat([torch.zeros(1, dtype=torch.float64), gains.cumsum(0)]))
+    room = budget - sum(map(sum, shapes.values()))
+    counts = torch.arange(min(room // high, len(sums[1]) - 1) + 1)
+    best = (sums[1][counts] + sums[0][((room - high * counts) // low).clamp(max=len(sums[0]) - 1)]).max()
+    found = sum(float(spectra[name][1:rank].square().sum()) for name, rank in ranks.items())
+    assert found == pytest.approx(float(best), rel=1e-12)
 
 
 def test_ranks_stop_at_the_largest_allowed():

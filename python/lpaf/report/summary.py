@@ -212,7 +212,7 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
     spread = rank_spread(rank["per_matrix"])
     if spread is not None and spread[0] < spread[2]:
         text = " / ".join(format_rank(value) for value in spread)
-        rows.append(StageRow("rank min / median / max", MISSING, MISSING, MISSING, text, MISSING))
+        rows.append(StageRow("rank min/median/max", MISSING, MISSING, MISSING, text, MISSING))
     return rows
 
 
