@@ -240,6 +240,12 @@ def test_chunks_change_nothing(model, monkeypatch):
         assert torch.equal(one, other), name
 
 
+def test_unknown_weighting_is_refused(model):
+    for call in (lambda: SVDFactorizer(3, "fisher"), lambda: weighted_spectra(model, weighting="fisher")):
+        with pytest.raises(ValueError, match="weighting: expected one of none, mask, scores, got 'fisher'"):
+            call()
+
+
 def test_matrix_without_a_rank_is_refused(model):
     with pytest.raises(ValueError, match="rank: has none for bert"):
         SVDFactorizer({"elsewhere": 3})(copy.deepcopy(model))

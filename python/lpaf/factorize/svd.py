@@ -48,6 +48,12 @@ def mask_row_weights(weight: torch.Tensor, root: bool = True) -> torch.Tensor:
     return score_row_weights((weight != 0).float(), root)
 
 
+def check_weighting(weighting: str) -> None:
+    """ValueError unless ``weighting`` is one of ``WEIGHTINGS``."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+
+
 def row_weights(
     weighting: str, weight: torch.Tensor, scores: torch.Tensor | None = None, root: bool = True
 ) -> torch.Tensor | None:
@@ -91,6 +97,7 @@ class Matrices:
     def __init__(
         self, model: nn.Module, scores: Mapping[str, torch.Tensor] | None, weighting: str, root: bool = True
     ) -> None:
+        check_weighting(weighting)
         self.linears = encoder_linears(model)
         self.weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
         self.scores, self.weighting, self.root = scores or {}, weighting, root
@@ -153,8 +160,7 @@ class SVDFactorizer:
     """
 
     def __init__(self, rank: int | Mapping[str, int], weighting: str = "none", root: bool = True) -> None:
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        check_weighting(weighting)
         self.rank, self.weighting, self.root = rank, weighting, root
 
     @torch.no_grad()
