@@ -3,9 +3,9 @@
     python benchmarks/rank_allocation.py --model DENSE --train-file TRAIN --validation-file TEST --output runs/ranks
 
 Prunes the fine-tuned classifier DENSE (once: its work directory beside the output is reused), then factorises copies of
-it at each ratio: with one rank, with the ranks of ``--rank auto``, and with those of the two measures that it was
-chosen against. Prints a row per cell, and after a short retraining (``--retrain-epochs``) once more for the first two.
-For binary tasks: beside the accuracy stands the area under the ROC curve, which no shift of the logits changes.
+it at each ratio: with one rank, with the ranks of ``--rank auto``, and with those of the two measures that it was chosen
+against. Prints a row per cell, and with ``--retrain-epochs`` all but the last again after retraining. For binary tasks:
+beside the accuracy stands the area under the ROC curve, which no shift of the logits changes.
 """
 
 from __future__ import annotations
@@ -103,12 +103,11 @@ def main() -> None:
     )
     run = Compression(prepare(options), command="")
     dense = run.finetune()
-    trains = arguments.retrain_epochs or run.workspace.load("prune") is None
-    train_set = run.with_teacher(dense) if trains else run.train
     pruned = copy.deepcopy(dense)
     embeddings = [module for module in pruned.modules() if isinstance(module, nn.Embedding)]
     nn.ModuleList(embeddings).requires_grad_(False)
-    scores = run.prune(pruned, train_set)
+    pruned_before = run.workspace.load("prune") is not None
+    scores = run.prune(pruned, run.train if pruned_before else run.with_teacher(dense))
     for name, split in run.validation.items():
         run.validation[name] = split.select(range(arguments.examples or len(split)))
     for name, model in (("dense", dense), ("pruned", pruned)):
@@ -129,9 +128,10 @@ def main() -> None:
         print(row(ratio, name, ranks, shapes, spectra, scored(run, model)), flush=True)
     if not arguments.retrain_epochs:
         return
-    print(f"after {options.retrain_epochs:g} epochs of retraining")
+    print(f"after {options.retrain_epochs:g} epochs of retraining", flush=True)
+    train_set = run.with_teacher(dense)
     for (ratio, name), ranks in chosen.items():
-        if name in ("uniform", "auto"):
+        if name != "absolute":
             run.mixed_rank_p = default_mixed_rank_p(ratio)
             model, _ = run.shrink(pruned, scores, train_set, ranks, suffix=f"-{name}-{ratio:g}")
             print(row(ratio, name, ranks, shapes, spectra, scored(run, model)), flush=True)
