@@ -2,10 +2,10 @@
 
     python benchmarks/rank_allocation.py --model DENSE --train-file TRAIN --validation-file TEST --output runs/ranks
 
-Prunes the fine-tuned classifier DENSE (once: its work directory beside the output is reused), then factorises copies of
-it at each ratio: with one rank, with the ranks of ``--rank auto``, and with those of the two measures that it was chosen
-against. Prints a row per cell, and with ``--retrain-epochs`` all but the last again after retraining. For binary tasks:
-beside the accuracy stands the area under the ROC curve, which no shift of the logits changes.
+Prunes the fine-tuned classifier DENSE (once: its work directory beside the output is reused), then factorises copies
+of it at each ratio: with one rank, with the ranks of ``--rank auto``, and with those of the two measures that it was
+chosen against. Prints a row per cell, and with ``--retrain-epochs`` all but the last again after retraining. For binary
+tasks: beside the accuracy stands the area under the ROC curve, which no shift of the logits changes.
 """
 
 from __future__ import annotations
