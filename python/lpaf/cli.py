@@ -29,7 +29,7 @@ A compressed directory loads in any transformers program after `import lpaf`.
 
 GROUPS = {
     "what": "what to compress",
-    "size": "how small (one of --rank and --ratio)",
+    "size": "how small (one of --rank K, --ratio R, --rank auto --ratio R, --rank-error E)",
     "data": "data (without any of these, GLUE tasks come from the Hub)",
     "training": "training",
     "method": "method (each step can be switched off)",
@@ -64,6 +64,15 @@ def _value_type(annotation: Any) -> type:
     return annotation
 
 
+def _rank(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+
+
 def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """One command-line option per field of CompressOptions."""
     import dataclasses
@@ -87,6 +96,8 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
             options["action"] = "store_true"
         else:
             options |= {"type": kind, "metavar": meta.get("metavar", field.name.upper())}
+            if field.name == "rank":
+                options["type"] = _rank
             if meta.get("choices"):
                 options["metavar"] = "|".join(meta["choices"])
         if field.name in ("model", "task", "output"):

@@ -222,6 +222,88 @@ def test_controls_are_measured_and_not_saved(tiny_options):
     assert {entry["rank"] for entry in saved["quantization_config"]["modules"].values()} == {4}
 
 
+# one rank per matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def auto(tiny_model, tiny_data, tmp_path_factory):
+    """(model, report, options) of a finished ``--rank auto`` run."""
+    options = {
+        "model": str(tiny_model), "task": "text-classification", "data_dir": str(tiny_data),
+        "output": str(tmp_path_factory.mktemp("auto") / "out"), "rank": "auto", "ratio": 0.3, "finetune_epochs": 1,
+        "prune_epochs": 1, "retrain_epochs": 1, "batch_size": 16, "checkpoint_steps": 2, "bench_batch": 2,
+        "bench_length": 16, "max_length": 16,
+    }  # fmt: skip
+    model, report = compress(CompressOptions(**options), command="lpaf compress --rank auto")
+    return model, report, options
+
+
+def test_auto_ranks_hit_the_ratio_within_one_rank(auto):
+    _, report, _ = auto
+    params = report["encoder_params"]
+    per_matrix = report["rank"]["per_matrix"].values()
+    assert 0 <= 0.3 * params["dense"] - params["compressed"] < min(sum(entry["shape"]) for entry in per_matrix)
+    ranks = [entry["compressed"] for entry in per_matrix]
+    assert len(set(ranks)) > 1
+    assert params["compressed"] == sum(entry["compressed"] * sum(entry["shape"]) for entry in per_matrix)
+    assert report["rank"]["min_compressed"] == min(ranks)
+    assert report["rank"]["max_compressed"] == max(ranks)
+    assert report["config"]["rank"] == "auto"
+
+
+@torch.no_grad()
+def test_auto_ranks_reload_and_fuse(auto, tiny_data, capsys):
+    model, report, options = auto
+    ids = torch.randint(5, 20, (2, 7), generator=torch.Generator().manual_seed(0))
+    again = AutoModelForSequenceClassification.from_pretrained(options["output"])
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    arguments = [options["output"], "text-classification"]
+    result = evaluate_directory(*arguments, data_dir=str(tiny_data), max_length=16, fuse=True)
+    assert result["metrics"] == report["metric"]["details"]["compressed"]
+    assert main(["bench", "--model", options["output"], "--rounds", "2", "--length", "8", "--fuse"]) == 0
+    assert main(["inspect", "--model", options["output"]]) == 0
+    capsys.readouterr()
+
+
+def test_auto_ranks_are_told(auto):
+    output = Path(auto[2]["output"])
+    entries = auto[1]["rank"]
+    text = f"{entries['min_compressed']} / {entries['median_compressed']} / {entries['max_compressed']}"
+    assert text in (output / "report.html").read_text()
+    assert text in (output / "README.md").read_text()
+
+
+def test_auto_ranks_of_a_resumed_run_are_the_same(auto, tmp_path):
+    _, report, options = auto
+    first = Compression(prepare(CompressOptions(**options | {"output": str(tmp_path / "out")})), "")
+    first.shrink = None  # dies after pruning
+    with pytest.raises(TypeError):
+        first.run()
+    del first
+    resumed = CompressOptions(**options | {"output": str(tmp_path / "out"), "resume": True})
+    _, again = compress(resumed, command="")
+    assert again["rank"]["per_matrix"] == report["rank"]["per_matrix"]
+    assert again["metric"]["compressed"] == report["metric"]["compressed"]
+
+
+def test_rank_error_bounds_every_matrix(tiny_options):
+    options = tiny_options | {"rank": None, "rank_error": 0.75, "weighting": "mask", "checkpoint_steps": 0}
+    _, report = compress(CompressOptions(**options), command="")
+    entries = report["rank"]["per_matrix"].values()
+    assert all(entry["error"] <= 0.75 * (1 + 1e-5) for entry in entries)
+    assert min(entry["error"] for entry in entries) > 0.6, "one rank less would miss the error"
+
+
+def test_rank_error_stops_at_break_even_and_says_so(tiny_options, capsys):
+    options = tiny_options | {"rank": None, "rank_error": 0.05, "method": "svd", "checkpoint_steps": 0}
+    _, report = compress(CompressOptions(**options), command="")
+    assert report["encoder_params"]["ratio"] <= 1
+    assert "--rank-error 0.05: 12 of 12 matrices" in capsys.readouterr().err
+    _, report = compress(CompressOptions(**options | {"force": True, "overwrite": True}), command="")
+    assert report["encoder_params"]["ratio"] > 1
+    assert all(entry["error"] <= 0.05 * (1 + 1e-5) for entry in report["rank"]["per_matrix"].values())
+
+
 # resuming -----------------------------------------------------------------------------------------------------------
 
 

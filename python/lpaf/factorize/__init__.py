@@ -1,7 +1,21 @@
-"""Factorisers: ``FACTORIZERS[name](rank=..., weighting=...)(model, scores) -> Factorized``."""
+"""Factorisers: ``FACTORIZERS[name](rank=..., weighting=...)(model, scores) -> Factorized``; and choosers of ranks."""
 
-from .svd import WEIGHTINGS, Factorized, SVDFactorizer, mask_row_weights, score_row_weights
+from .ranks import allocate_ranks, comparable, rank_for_error, rank_params, relative
+from .svd import WEIGHTINGS, Factorized, SVDFactorizer, mask_row_weights, score_row_weights, weighted_spectra
 
 FACTORIZERS = {"svd": SVDFactorizer}
 
-__all__ = ["FACTORIZERS", "WEIGHTINGS", "Factorized", "SVDFactorizer", "mask_row_weights", "score_row_weights"]
+__all__ = [
+    "FACTORIZERS",
+    "WEIGHTINGS",
+    "Factorized",
+    "SVDFactorizer",
+    "allocate_ranks",
+    "comparable",
+    "mask_row_weights",
+    "rank_for_error",
+    "rank_params",
+    "relative",
+    "score_row_weights",
+    "weighted_spectra",
+]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lpaf_kernels import LowRankSparseLinear, weighted_svd
+from lpaf_kernels import LowRankSparseLinear, weighted_singular_values, weighted_svd
 
 from ..models.targets import encoder_linears
+from .processes import Results, eigen_cost, on_all_processes, process_place
 
 WEIGHTINGS = ("none", "mask", "scores")
+#: Weights that are factorised in one call: the memory that it takes, and how often the progress bar moves.
+CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ def mask_row_weights(weight: torch.Tensor, root: bool = True) -> torch.Tensor:
     return score_row_weights((weight != 0).float(), root)
 
 
+def check_weighting(weighting: str) -> None:
+    """ValueError unless ``weighting`` is one of ``WEIGHTINGS``."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+
+
+def row_weights(
+    weighting: str, weight: torch.Tensor, scores: torch.Tensor | None = None, root: bool = True
+) -> torch.Tensor | None:
+    """The row weights d [n] of a matrix ``weight`` [n, m] under one of ``WEIGHTINGS``; None for "none"."""
+    if weighting == "scores":
+        if scores is None:
+            raise ValueError("weighting: 'scores' needs the scores of a first-order pruner")
+        return score_row_weights(scores, root)
+    if weighting == "mask":
+        return mask_row_weights(weight, root)
+    return None
+
+
 def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product with equal norms of each column of a [n, r] and row of b [r, m], so that both train at one
     rate."""
@@ -53,43 +76,120 @@ def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return a * scale, b / scale[:, None]
 
 
-class SVDFactorizer:
-    """Row-weighted truncated SVD at one rank for every encoder linear.
+def relative_error(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
+    """||D (W - A B)||_F / ||D W||_F as a float64 scalar; 0 for a zero matrix."""
+    left = torch.addmm(weight, a, b, alpha=-1).norm(dim=1).double()
+    whole = weight.norm(dim=1).double()
+    if d is not None:
+        left, whole = d * left, d * whole
+    return left.norm() / whole.norm().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+class Matrices:
+    """The encoder matrices of a model with their row weights, walked through in chunks on every process.
 
     Args:
-        rank: rank of every matrix.
+        model: its encoder linears are dense, pruned or not, and the same in every process.
+        scores: matrix name -> scores [n, m] of a first-order pruner; for "scores" only.
+        weighting, root: see :class:`SVDFactorizer`.
+    """
+
+    def __init__(
+        self, model: nn.Module, scores: Mapping[str, torch.Tensor] | None, weighting: str, root: bool = True
+    ) -> None:
+        check_weighting(weighting)
+        self.linears = encoder_linears(model)
+        self.weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
+        self.scores, self.weighting, self.root = scores or {}, weighting, root
+
+    @torch.no_grad()
+    def map(self, solve: Callable[[list[str], list, list], Results], description: str) -> Results:
+        """``solve(names, weights, rows)`` of all matrices, a chunk at a time, in the order of the model."""
+        costs = {name: eigen_cost(tuple(weight.shape)) for name, weight in self.weights.items()}
+        device = next(iter(self.weights.values())).device
+
+        def compute(names: Sequence[str]) -> Results:
+            found: Results = {}
+            hidden = process_place()[0] > 0
+            with tqdm(total=len(names), desc=description, unit="matrix", delay=2, leave=False, disable=hidden) as bar:
+                for chunk in self.chunks(names):
+                    weights = [self.weights[name] for name in chunk]
+                    rows = [
+                        row_weights(self.weighting, weight, self.scores.get(name), self.root)
+                        for name, weight in zip(chunk, weights, strict=True)
+                    ]
+                    found |= solve(chunk, weights, rows)
+                    bar.update(len(chunk))
+            return found
+
+        found = on_all_processes(costs, compute, device)
+        return {name: found[name] for name in self.weights}
+
+    def chunks(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """``names`` in lists of about ``CHUNK`` weights; on a CPU of one matrix per thread at least."""
+        chunk: list[str] = []
+        for name in names:
+            chunk.append(name)
+            threads = torch.get_num_threads() if self.weights[name].device.type == "cpu" else 1
+            if len(chunk) >= threads and sum(self.weights[member].numel() for member in chunk) >= CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def weighted_spectra(
+    model: nn.Module, scores: Mapping[str, torch.Tensor] | None = None, weighting: str = "none", root: bool = True
+) -> dict[str, torch.Tensor]:
+    """Matrix name -> singular values of D W, falling, float64 [min(n, m)]; arguments as for :class:`SVDFactorizer`."""
+
+    def solve(names: list[str], weights: list, rows: list) -> Results:
+        values = weighted_singular_values(weights, row_weights=rows)
+        return {name: (value,) for name, value in zip(names, values, strict=True)}
+
+    return {name: value for name, (value,) in Matrices(model, scores, weighting, root).map(solve, "spectra").items()}
+
+
+class SVDFactorizer:
+    """Row-weighted truncated SVD of every encoder linear.
+
+    Args:
+        rank: rank of every matrix, or matrix name -> rank.
         weighting: "scores" (needs the pruner's scores), "mask" (needs a pruned model) or "none".
         root: see :func:`score_row_weights`.
     """
 
-    def __init__(self, rank: int, weighting: str = "none", root: bool = True) -> None:
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    def __init__(self, rank: int | Mapping[str, int], weighting: str = "none", root: bool = True) -> None:
+        check_weighting(weighting)
         self.rank, self.weighting, self.root = rank, weighting, root
 
-    def row_weights(self, weight: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor | None:
-        if self.weighting == "scores":
-            if scores is None:
-                raise ValueError("weighting: 'scores' needs the scores of a first-order pruner")
-            return score_row_weights(scores, self.root)
-        if self.weighting == "mask":
-            return mask_row_weights(weight, self.root)
-        return None
-
     @torch.no_grad()
-    def __call__(self, model: nn.Module, scores: dict[str, torch.Tensor] | None = None) -> Factorized:
-        """Swap every encoder linear of ``model`` for a LowRankSparseLinear, in place."""
-        errors, weights = {}, {}
-        linears = encoder_linears(model)
-        for name, linear in tqdm(linears.items(), desc="factorize", unit="matrix", delay=2, leave=False):
-            weight = linear.weight.detach()
-            d = self.row_weights(weight, scores.get(name) if scores else None)
-            a, b = weighted_svd(weight, self.rank, row_weights=d)
-            a, b = balance(a, b)
-            residual = weight - a @ b
-            scale = torch.ones(weight.shape[0], 1, device=weight.device) if d is None else d[:, None]
-            norm = (scale * weight).norm()
-            errors[name] = float((scale * residual).norm() / norm) if norm > 0 else 0.0
-            weights[name] = weight.clone()
-            model.set_submodule(name, LowRankSparseLinear.from_factors(a, b, linear.bias))
-        return Factorized(errors, weights)
+    def __call__(self, model: nn.Module, scores: Mapping[str, torch.Tensor] | None = None) -> Factorized:
+        """Swap every encoder linear of ``model`` for a LowRankSparseLinear, in place.
+
+        With ``torch.distributed`` initialised the matrices are shared out among the processes, which all end with the
+        same factors; ``model`` and ``scores`` must be the same in all of them.
+        """
+        matrices = Matrices(model, scores, self.weighting, self.root)
+        ranks = self.ranks(list(matrices.weights))
+
+        def solve(names: list[str], weights: list, rows: list) -> Results:
+            factors = zip(*weighted_svd(weights, [ranks[name] for name in names], row_weights=rows), strict=True)
+            return {
+                name: (*balance(a, b), relative_error(weight, a, b, d))
+                for name, (a, b), weight, d in zip(names, factors, weights, rows, strict=True)
+            }
+
+        found = matrices.map(solve, "factorize")
+        for name, (a, b, _) in found.items():
+            model.set_submodule(name, LowRankSparseLinear.from_factors(a, b, matrices.linears[name].bias))
+        return Factorized({name: float(error) for name, (_, _, error) in found.items()}, matrices.weights)
+
+    def ranks(self, names: Sequence[str]) -> dict[str, int]:
+        """The rank of every matrix."""
+        if isinstance(self.rank, int):
+            return dict.fromkeys(names, self.rank)
+        missing = [name for name in names if name not in self.rank]
+        if missing:
+            raise ValueError(f"rank: has none for {missing[0]}; expected one for every encoder matrix")
+        return {name: self.rank[name] for name in names}

@@ -12,7 +12,8 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from ..errors import InputError
 from .targets import encoder_linears
 
 Shape = tuple[int, int]
+
+#: the ``--rank`` that gives every matrix its own
+AUTO = "auto"
 
 
 def _as_stored(module: nn.Module) -> nn.Module:
@@ -93,14 +97,68 @@ def ratio_for_rank(shapes: Iterable[Shape], rank: int) -> float:
     return rank * sum(r + c for r, c in shapes) / sum(r * c for r, c in shapes)
 
 
-def check_size(rank: int | None, ratio: float | None) -> None:
-    """InputError unless exactly one of rank (at least 1) and ratio (in (0, 1]) is given."""
-    if (rank is None) == (ratio is None):
-        raise InputError("--rank/--ratio: pass exactly one of them")
+def check_size(rank: int | str | None, ratio: float | None, rank_error: float | None = None) -> None:
+    """InputError unless exactly one size is asked for, in its range.
+
+    Args:
+        rank: at least 1, or "auto", which shares out ``ratio``.
+        ratio: share of encoder weights in (0, 1].
+        rank_error: relative weighted error of every matrix in (0, 1).
+    """
+    if isinstance(rank, bool) or not (rank is None or rank == AUTO or isinstance(rank, int)):
+        raise InputError(f"--rank {rank}: expected a whole number, or {AUTO}")
+    if rank == AUTO and rank_error is not None:
+        raise InputError(
+            f"--rank {AUTO}: shares out a --ratio, --rank-error picks every rank by itself; pass one of them"
+        )
+    if rank == AUTO and ratio is None:
+        raise InputError(f"--rank {AUTO}: shares out a number of weights; pass --ratio R, the share of them to keep")
+    if [rank in (None, AUTO), ratio is None, rank_error is None].count(False) != 1:
+        raise InputError(
+            "--rank/--ratio/--rank-error: pass exactly one of them (--rank auto goes with --ratio, and is not counted)"
+        )
     if ratio is not None and not 0.0 < ratio <= 1.0:
         raise InputError(f"--ratio {ratio:g}: must be in (0, 1]")
-    if rank is not None and rank < 1:
+    if rank_error is not None and not 0.0 < rank_error < 1.0:
+        raise InputError(f"--rank-error {rank_error:g}: must be in (0, 1)")
+    if isinstance(rank, int) and rank < 1:
         raise InputError(f"--rank {rank}: must be at least 1")
+
+
+def check_least_ratio(shapes: Mapping[str, Shape], ratio: float) -> None:
+    """InputError when rank 1 everywhere holds more than ``ratio`` of the dense weights."""
+    least = ratio_for_rank(shapes.values(), 1)
+    if ratio < least:
+        shown = math.ceil(least * 1e4) / 1e4
+        raise InputError(
+            f"--ratio {ratio:g}: rank 1 already needs {shown:.4f} of the encoder; pass --ratio {shown:.4f} or more"
+        )
+
+
+def largest_ranks(shapes: Mapping[str, Shape], force: bool = False) -> dict[str, int]:
+    """Matrix name -> the largest rank it may get: break-even (at least 1), or min(n, m) with ``force``."""
+    return {name: min(shape) if force else max(break_even_rank(shape), 1) for name, shape in shapes.items()}
+
+
+def resolve_budget(shapes: Mapping[str, Shape], ratio: float, force: bool = False) -> int:
+    """The number of weights that ``--rank auto --ratio`` may spend, or InputError.
+
+    Args:
+        shapes: matrix name -> (out_features, in_features).
+        ratio: share of encoder weights in (0, 1].
+        force: let ranks go above break-even.
+    """
+    check_least_ratio(shapes, ratio)
+    dense = sum(rows * columns for rows, columns in shapes.values())
+    most = sum(rank * sum(shapes[name]) for name, rank in largest_ranks(shapes, force).items())
+    budget = int(ratio * dense * (1 + 1e-12))
+    if budget - most >= min(map(sum, shapes.values())):
+        share = math.floor(most / dense * 1e4) / 1e4
+        raise InputError(
+            f"--rank {AUTO} --ratio {ratio:g}: above break-even, where factors hold more weights than their matrix; "
+            f"pass at most --ratio {share:.4f}, or --force"
+        )
+    return budget
 
 
 def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None, force: bool = False) -> int:
@@ -115,12 +173,8 @@ def resolve_rank(shapes: dict[str, Shape], rank: int | None, ratio: float | None
     check_size(rank, ratio)
     if ratio is not None:
         asked = f"--ratio {ratio:g}"
+        check_least_ratio(shapes, ratio)
         rank = rank_for_ratio(shapes.values(), ratio)
-        if rank < 1:
-            least = ratio_for_rank(shapes.values(), 1)
-            raise InputError(
-                f"{asked}: rank 1 already needs {least:.4f} of the encoder; pass --ratio {least:.4f} or more"
-            )
     else:
         asked = f"--rank {rank}"
     tightest = min(shapes, key=lambda name: min(shapes[name]))

@@ -26,7 +26,15 @@ from ..data import TaskData, check_labels, load_task, tokenize
 from ..errors import InputError
 from ..evaluate.metrics import compute_metrics
 from ..evaluate.predict import predict
-from ..factorize import FACTORIZERS, Factorized
+from ..factorize import (
+    FACTORIZERS,
+    Factorized,
+    allocate_ranks,
+    comparable,
+    rank_for_error,
+    rank_params,
+    weighted_spectra,
+)
 from ..models.checkpoint import (
     is_compressed,
     load_config,
@@ -37,10 +45,13 @@ from ..models.checkpoint import (
     save_model,
 )
 from ..models.count import (
+    AUTO,
     check_size,
     encoder_params,
     forward_macs,
+    largest_ranks,
     matrix_shapes,
+    resolve_budget,
     resolve_rank,
     total_params,
     weight_bytes,
@@ -62,16 +73,20 @@ REPORT_SCHEMA = 1
 
 @dataclass
 class Prepared:
-    """A validated run: nothing has been written yet."""
+    """A validated run: nothing has been written yet.
+
+    ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
+    they share, or by the error asked for.
+    """
 
     options: CompressOptions
     method: Method
     data: TaskData
     tokenizer: Any
     model: nn.Module
-    rank: int
+    rank: int | None
+    budget: int | None
     finetune_epochs: float
-    mixed_rank_p: float
     device: str
 
 
@@ -85,7 +100,7 @@ def prepare(options: CompressOptions) -> Prepared:
     """Check everything that can be checked before anything is written, cheapest first."""
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
-    check_size(options.rank, options.ratio)
+    check_size(options.rank, options.ratio, options.rank_error)
     check_output(Path(options.output), options.overwrite)
     if options.save_dense is not None:
         # an interrupted run may have written it
@@ -112,8 +127,11 @@ def prepare(options: CompressOptions) -> Prepared:
         data = in_order_of_head(data, config, options)
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
-    rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
-    ratio = rank * sum(map(sum, shapes.values())) / encoder_params(model)
+    rank = budget = None
+    if options.rank == AUTO:
+        budget = resolve_budget(shapes, options.ratio, options.force)
+    elif options.rank_error is None:
+        rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
     epochs = options.finetune_epochs
     if epochs is None:
         epochs = 0.0 if head_trained else 3.0
@@ -129,8 +147,8 @@ def prepare(options: CompressOptions) -> Prepared:
         tokenizer=tokenizer,
         model=model,
         rank=rank,
+        budget=budget,
         finetune_epochs=epochs,
-        mixed_rank_p=options.mixed_rank_p if options.mixed_rank_p is not None else default_mixed_rank_p(ratio),
         device=device,
     )
 
@@ -171,6 +189,7 @@ class Compression:
         self.validation = {
             name: tokenize(split, tokenizer, spec, length, data.labels) for name, split in data.validation.items()
         }
+        self.mixed_rank_p = options.mixed_rank_p
         self.seconds: dict[str, float] = {}
         self.details: dict[str, dict[str, dict[str, float]]] = {}
         self.history: dict[str, list[dict[str, float]]] = {}
@@ -312,8 +331,32 @@ class Compression:
         model.load_state_dict(state)
         return scores
 
+    def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
+        """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
+        prepared, shapes = self.prepared, matrix_shapes(model)
+        if prepared.rank is not None:
+            return dict.fromkeys(shapes, prepared.rank)
+        with self.timed("factorize"):
+            spectra = weighted_spectra(model, scores, prepared.method.weighting)
+        largest = largest_ranks(shapes, self.options.force)
+        if prepared.budget is not None:
+            return allocate_ranks(comparable(spectra, shapes), shapes, prepared.budget, largest)
+        asked = {name: max(rank_for_error(values, self.options.rank_error), 1) for name, values in spectra.items()}
+        above = sum(asked[name] > largest[name] for name in asked)
+        if above:
+            print(
+                f"--rank-error {self.options.rank_error:g}: {above} of {len(asked)} matrices would need more than "
+                "their break-even rank, stay there and miss it; --force gives them what they need",
+                file=sys.stderr,
+            )
+        return {name: min(asked[name], largest[name]) for name in asked}
+
     def factorize(
-        self, model: nn.Module, scores: dict[str, torch.Tensor] | None, rank: int, stage: str = "factorized"
+        self,
+        model: nn.Module,
+        scores: dict[str, torch.Tensor] | None,
+        rank: int | Mapping[str, int],
+        stage: str = "factorized",
     ) -> Factorized:
         """Replace the encoder linears of ``model`` by factors of ``rank``, in place."""
         method = self.prepared.method
@@ -330,9 +373,7 @@ class Compression:
             epochs += options.prune_epochs  # methods without pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
         objective = self.objective(distill=options.distill, consistency=1.0 if method.consistency else 0.0)
-        settings = (
-            {"p_init": self.prepared.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
-        )
+        settings = {"p_init": self.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
         retrainer = RETRAINERS[method.retrainer](**settings)
         retrainer.attach(model, factorized.weights)
         callbacks = retrainer.callbacks(train.updates(len(train_set)), objective.passes)
@@ -360,7 +401,11 @@ class Compression:
             embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
             nn.ModuleList(embeddings).requires_grad_(False)
         scores = self.prune(sparse, train_set)
-        model, factorized = self.shrink(sparse, scores, train_set, self.prepared.rank)
+        ranks = self.ranks(sparse, scores)
+        if self.mixed_rank_p is None:
+            ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
+            self.mixed_rank_p = default_mixed_rank_p(ratio)
+        model, factorized = self.shrink(sparse, scores, train_set, ranks)
         others = {
             name: self.shrink(sparse, scores, train_set, rank, suffix=f"-{name}")[0]
             for name, rank in (controls or {}).items()
@@ -374,7 +419,7 @@ class Compression:
         sparse: nn.Module,
         scores: dict[str, torch.Tensor] | None,
         train_set: Dataset,
-        rank: int,
+        rank: int | Mapping[str, int],
         suffix: str = "",
     ) -> tuple[nn.Module, Factorized]:
         """Factorise a copy of ``sparse`` at ``rank`` and retrain it; ``suffix`` tells its records apart."""
@@ -446,9 +491,9 @@ class Compression:
             "versions": versions(),
             "config": options.to_dict()
             | {
-                "rank": prepared.rank,
+                "rank": options.rank if prepared.rank is None else prepared.rank,
                 "keep": options.keep if prepared.method.pruner else None,
-                "mixed_rank_p": prepared.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
+                "mixed_rank_p": self.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
                 "finetune_epochs": prepared.finetune_epochs,
                 "weighting": prepared.method.weighting,
                 "device": prepared.device,

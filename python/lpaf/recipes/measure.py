@@ -18,6 +18,7 @@ from ..evaluate.spectra import numerical_rank, singular_values
 from ..factorize import Factorized
 from ..models.device import device_name
 from ..report.figures import pack_mask
+from ..report.summary import rank_spread
 from ..retrain.mixed_rank import lowrank_linears
 
 #: masks of at most this many matrices are kept for the sparsity pictures
@@ -76,10 +77,14 @@ def rank_record(
         }
         for name, shape in shapes.items()
     }
+    smallest, median, largest = rank_spread(per_matrix)
     record = {
         "mean_before": float(np.mean(list(ranks["dense"].values()))),
         "mean_after": float(np.mean(list(ranks["pruned" if pruned else "dense"].values()))),
         "mean_compressed": float(np.mean([entry["compressed"] for entry in per_matrix.values()])),
+        "min_compressed": smallest,
+        "median_compressed": median,
+        "max_compressed": largest,
         "per_matrix": per_matrix,
     }
     analysis = {

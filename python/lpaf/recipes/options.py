@@ -28,11 +28,25 @@ class CompressOptions:
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
     method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
     save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
-    rank: int | None = option(None, "rank of every encoder matrix", "size", metavar="K")
-    ratio: float | None = option(
-        None, "share of encoder weights to keep, in (0, 1]; picks the rank", "size", metavar="R"
+    rank: int | str | None = option(
+        None,
+        "rank of every encoder matrix; auto: its own for each, with the least weighted error at --ratio",
+        "size",
+        metavar="K|auto",
     )
-    force: bool = option(False, "accept ranks above break-even", "size")
+    ratio: float | None = option(
+        None,
+        "share of encoder weights to keep, in (0, 1]; picks one rank, or with --rank auto many",
+        "size",
+        metavar="R",
+    )
+    rank_error: float | None = option(
+        None,
+        "the smallest rank of each matrix that has at most this relative weighted error, in (0, 1)",
+        "size",
+        metavar="E",
+    )
+    force: bool = option(False, "accept ranks above break-even, where factors outweigh their matrix", "size")
 
     data_dir: str | None = option(
         None, "folder with train.* and validation.* (csv, json, jsonl, parquet)", "data", metavar="DIR"

@@ -359,12 +359,6 @@ def spectrum_curves(singular_values: torch.Tensor) -> tuple[np.ndarray, np.ndarr
     return np.sqrt(tail / energy), np.concatenate([[0.0], np.cumsum(values)]) / total
 
 
-def rank_for_error(singular_values: torch.Tensor, error: float) -> int:
-    """The smallest k whose best rank-k approximation has a relative Frobenius error of at most ``error``."""
-    errors, _ = spectrum_curves(singular_values)
-    return int(np.argmax(errors <= error))
-
-
 def spectra(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, torch.Tensor]) -> Figure:
     """Reconstruction error and cumulative singular values against k, dense and pruned (the paper's Figure 4).
 

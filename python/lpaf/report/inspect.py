@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from lpaf.errors import InputError
 from lpaf.evaluate.spectra import numerical_rank
+from lpaf.factorize.ranks import rank_for_error
 from lpaf.report.figures import (
     in_order,
     matrix_pictures,
     matrix_place,
     pack_mask,
     pictures,
-    rank_for_error,
     to_png,
     unpack_mask,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -208,7 +209,20 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
             format_percent(share(rank["mean_compressed"], rank["mean_before"])),
         )
     )
+    spread = rank_spread(rank["per_matrix"])
+    if spread is not None and spread[0] < spread[2]:
+        text = " / ".join(format_rank(value) for value in spread)
+        rows.append(StageRow("rank min/median/max", MISSING, MISSING, MISSING, text, MISSING))
     return rows
+
+
+def rank_spread(per_matrix: Mapping[str, Any]) -> tuple[int, float, int] | None:
+    """(smallest, median, largest) rank of the compressed matrices, or None when there are none."""
+    ranks = [entry["compressed"] for entry in per_matrix.values() if is_number(entry["compressed"])]
+    if not ranks:
+        return None
+    median = statistics.median(ranks)
+    return min(ranks), int(median) if median == int(median) else median, max(ranks)
 
 
 def has_pruned_ranks(rank: Mapping[str, Any]) -> bool:
