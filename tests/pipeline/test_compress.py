@@ -88,6 +88,29 @@ def test_pruning_leaves_the_share_asked_for(finished):
         )
 
 
+def test_rows_and_columns_that_pruning_leaves_are_counted(finished):
+    for entry in finished[1]["rank"]["per_matrix"].values():
+        rows, columns = entry["shape"]
+        assert max(entry["kept_rows"], entry["pruned"]) <= rows
+        assert entry["pruned"] <= entry["kept_columns"] <= columns
+        assert entry["kept_share"] * columns <= entry["kept_rows"] * columns / rows
+
+
+def test_hard_pruning_zeroes_the_same_share(tiny_model, tiny_data, tmp_path):
+    options = CompressOptions(
+        model=str(tiny_model), task="text-classification", data_dir=str(tiny_data), output=str(tmp_path / "out"), rank=4,
+        batch_size=16, bench_batch=2, bench_length=16, max_length=16, max_train_samples=64, finetune_epochs=1,
+        prune_epochs=2, retrain_epochs=1, checkpoint_steps=0, keep=0.3, hard_pruning=True,
+    )  # fmt: skip
+    _, report = compress(options)
+    for entry in report["rank"]["per_matrix"].values():
+        rows, columns = entry["shape"]
+        assert entry["kept_share"] * rows * columns == pytest.approx(0.3 * rows * columns, abs=1)
+    assert report["training"]["prune"][-1]["keep"] == 0.3
+    assert set(report["training"]["retrain"][-1]) >= {"loss", "consistency"}
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "movement" in name]
+
+
 def test_history_follows_the_schedules(finished):
     training = finished[1]["training"]
     keeps = [entry["keep"] for entry in training["prune"]]

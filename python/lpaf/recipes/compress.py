@@ -310,12 +310,13 @@ class Compression:
             return None
         state = self.finished("prune")
         if state is None:
+            settings = {"score_init": options.score_init} if method.pruner == "movement" else {}
             pruner = PRUNERS[method.pruner](
                 keep=options.keep,
                 scope=options.scope,
                 warmup=options.prune_warmup,
                 cooldown=options.prune_cooldown,
-                score_init=options.score_init,
+                **settings,
             )
             pruner.attach(model)
             train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)

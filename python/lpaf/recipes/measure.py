@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lpaf_kernels
+from lpaf_kernels import sparsity_statistics
 
 from ..evaluate.latency import interleaved_latency
 from ..evaluate.spectra import numerical_rank, singular_values
@@ -65,6 +66,7 @@ def rank_record(
         for stage, stage_values in spectra.items()
     }
     compressed = lowrank_linears(model)
+    counts = sparsity_statistics([factorized.weights[name] for name in shapes]).tolist()
     per_matrix = {
         name: {
             "shape": list(shape),
@@ -72,10 +74,12 @@ def rank_record(
             "pruned": ranks["pruned"][name] if pruned else None,
             "compressed": compressed[name].rank,
             "kept": compressed[name].kept.numel(),
-            "kept_share": float((factorized.weights[name] != 0).float().mean()),
+            "kept_share": entries / (shape[0] * shape[1]),
+            "kept_rows": rows,
+            "kept_columns": columns,
             "error": factorized.errors[name],
         }
-        for name, shape in shapes.items()
+        for (name, shape), (entries, rows, columns) in zip(shapes.items(), counts, strict=True)
     }
     smallest, median, largest = rank_spread(per_matrix)
     record = {

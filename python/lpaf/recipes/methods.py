@@ -33,6 +33,8 @@ class Method:
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the steps switched off that ``options`` switches off."""
         pruner = self.pruner if options.prune else None
+        if pruner == "movement" and options.hard_pruning:
+            pruner = "hard-movement"
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"

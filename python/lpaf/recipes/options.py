@@ -81,6 +81,12 @@ class CompressOptions:
     score_init: float = option(
         4.0, "scores start at X times |W| / mean |W|; 0 starts them at zero, as the paper does", "method", metavar="X"
     )
+    hard_pruning: bool = option(
+        False,
+        "zero pruned weights on the spot; scores add up movement without an optimizer, from zero, as the paper's text "
+        "has it",
+        "method",
+    )
     prune_warmup: float = option(0.1, "share of pruning updates before it starts", "method", metavar="X")
     prune_cooldown: float = option(0.3, "share of pruning updates at the final share", "method", metavar="X")
     prune: bool = option(True, "skip pruning (its updates go to retraining)", "method", negate=True)
