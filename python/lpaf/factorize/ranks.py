@@ -39,7 +39,7 @@ def comparable(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape])
 
     The row weights of a matrix are known up to a factor, so that only relative errors compare. What is minimised is
     the sum over the matrices of sqrt(n m) ||D (W - A B)||_F^2 / ||D W||_F^2: with no weight for the size, the matrices
-    of a feed-forward block, whose ranks cost most, are left with almost none (docs/results/rank-allocation.md).
+    of a feed-forward block, whose ranks cost most, are left with few (docs/results/rank-allocation.md).
     """
     return {name: math.prod(shapes[name]) ** 0.25 * relative(values) for name, values in spectra.items()}
 
