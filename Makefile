@@ -2,6 +2,7 @@
 # make test   environment, build, and the test suite
 # make bench  environment, build, and the CPU benchmarks (under 10 minutes on 2 cores)
 # make gpu-check [DRY=1]      build, test, measure and tune on a GPU; no network, no environment of its own, 9 minutes
+# make gpu-pruning            after it: thresholds, updates, pruning steps, factorisation; compute-sanitizer; 9 minutes
 # make gpu-bench SLICE=i/n    a slice of the full grid on a GPU; goes on where it stopped
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -9,7 +10,7 @@ TORCH   ?= torch==2.13.0
 EDITABLE ?= -e
 BIN     := $(VENV)/bin
 
-.PHONY: env demo demo-quick test test-all lint format bench gpu-check gpu-bench clean
+.PHONY: env demo demo-quick test test-all lint format bench gpu-check gpu-pruning gpu-bench clean
 
 # Installed anew when what it is built from changes.
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -50,9 +51,12 @@ BENCH ?=
 bench: env
 	$(BIN)/python -m pytest benchmarks/bench_linear.py -q --benchmark-quiet --benchmark-disable-gc $(BENCH)
 
-# These two run in $(PYTHON) as it is: a machine with a GPU may have no network.
+# These run in $(PYTHON) as it is: a machine with a GPU may have no network.
 gpu-check:
 	$(PYTHON) -m benchmarks gpu-check $(if $(DRY),--dry)
+
+gpu-pruning:
+	$(PYTHON) -m benchmarks gpu-pruning
 
 SLICE     ?= 1/1
 PROVIDERS ?= default

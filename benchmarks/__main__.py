@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: run, table, compare, tune, gpu-check. Run it from the repository's root."""
+"""``python -m benchmarks``: run, table, compare, tune, gpu-check, gpu-pruning. Run it from the repository's root."""
 
 from __future__ import annotations
 
@@ -236,12 +236,24 @@ def gpu_check(arguments: argparse.Namespace) -> int:
     return check(arguments.dry, arguments.budget, arguments.skip_build, arguments.output)
 
 
+def add_gpu_pruning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=_positive, default=540.0, metavar="SECONDS", help="default: 540")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/DEVICE/masked.jsonl")
+
+
+def gpu_pruning(arguments: argparse.Namespace) -> int:
+    from .gpu_check import check_pruning
+
+    return check_pruning(arguments.budget, arguments.output)
+
+
 COMMANDS = {
     "run": (add_run, run, "measure cases and append their rows to a file"),
     "table": (add_table, table, "print a file's last runs as a table with a summary"),
     "compare": (add_compare, compare_files, "name what got slower between two files; exit status 1 if anything did"),
     "tune": (add_tune, tune, "measure which implementation suits each case on this GPU and write the table"),
     "gpu-check": (add_gpu_check, gpu_check, "build, test, measure, tune and measure again on a GPU"),
+    "gpu-pruning": (add_gpu_pruning, gpu_pruning, "what pruning and factorising BERT-base cost on a GPU"),
 }
 
 

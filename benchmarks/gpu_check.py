@@ -148,6 +148,51 @@ def gpu_steps(output: Path, table: Path, skip_build: bool) -> list[Step]:
     ]
 
 
+def pruning_steps(output: Path, config: Path) -> list[Step]:
+    """What pruning and factorising BERT-base cost on a GPU, and compute-sanitizer over its kernels.
+
+    ``output`` takes the rows of the masked layers; ``config`` is a folder for BERT-base's configuration.
+    """
+    masked = ("run", "--device", "cuda", "--cases", "masked", "--case-seconds", "0.5", "--output", str(output))
+    step = ("bench", "--model", str(config), "--step", "--batch", "32", "--length", "128", "--bf16", "--device", "cuda")
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))))
+    sources = {"PYTHONPATH": path}
+    steps = [
+        Step("environment", _internal("report_environment"), 60),
+        Step("thresholds", _python("benchmarks/keep_threshold.py", "--device", "cuda", *BERT), 90, environment=sources),
+        Step("updates", _python("benchmarks/pruning_updates.py", "--device", "cuda"), 60, environment=sources),
+        Step("configuration", _python("-c", _BERT_CONFIG.format(str(config))), 60),
+        Step("training steps", _python("-m", "lpaf", *step), 120, environment=sources),
+        Step("compiled", _python("-m", "lpaf", *step, "--mode", "compiled"), 180, environment=sources),
+        Step("masked cells", _benchmarks(*masked), 120, least=30),
+        Step("factorisation", _python("benchmarks/weighted_svd.py", "--device", "cuda", *BERT, "--ranks", "130"), 150),
+    ]
+    if shutil.which("compute-sanitizer"):
+        tests = ("tests/kernels/test_keep_threshold.py", "tests/kernels/test_pruning_updates.py")
+        sanitizer = ("compute-sanitizer", "--error-exitcode", "1", sys.executable, "-m", "pytest", *tests)
+        command = (*sanitizer, "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider")
+        steps.append(Step("compute-sanitizer", lambda seconds: command, 240, least=30))
+    return steps
+
+
+BERT = ("--matrices", "bert-base")
+_BERT_CONFIG = """
+import transformers
+transformers.BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained({0!r})
+"""
+
+
+def check_pruning(budget: float, output: Path | None) -> int:
+    """Run :func:`pruning_steps` in at most ``budget`` seconds; returns 0 if every step passed, otherwise 1."""
+    if output is None:
+        output = RESULTS / gpu_slug() / "masked.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = run_steps(pruning_steps(output.resolve(), Path(scratch)), budget)
+    copy_results([output])
+    return summarise(outcomes)
+
+
 def block_rows(output: Path) -> Path:
     """Where the rows of the block cells go, beside those of the core cells."""
     return output.with_name("core-blocks.jsonl")
@@ -212,6 +257,11 @@ def check(dry: bool, budget: float, skip_build: bool, output: Path | None) -> in
         outcomes = run_steps(gpu_steps(output.resolve(), table.resolve(), skip_build), budget)
         for copy in copy_results([output, block_rows(output), table]):
             print(f"copied to {copy}")
+    return summarise(outcomes)
+
+
+def summarise(outcomes: Sequence[Outcome]) -> int:
+    """One line per step; returns 0 if every step passed, otherwise 1."""
     print()
     for outcome in outcomes:
         print(f"{'ok    ' if outcome.why is None else 'FAILED'} {outcome.seconds:6.1f} s  {outcome.name}", end="")

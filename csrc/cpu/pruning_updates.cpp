@@ -62,7 +62,7 @@ std::vector<MatrixShape> shapes_of(const TensorList& weights) {
 
 // Calls task(index, piece) for all pieces, on torch's threads.
 template <class Task>
-void for_each_piece(const std::vector<Piece>& pieces, const Task& task) {
+void for_each_piece(const std::vector<RowPiece>& pieces, const Task& task) {
     torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i)
             task(i, pieces[i]);
@@ -82,7 +82,7 @@ void accumulate_movement_op(TensorList scores, TensorList weights, TensorList gr
         using Weight = typename decltype(tag)::type;
         const auto weight = w.read<Weight>(), grad = g.read<Weight>();
         const auto score = s.write<Wide<Weight>>();
-        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const Piece& piece) {
+        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const RowPiece& piece) {
             const int64_t begin = piece.first_row;
             movement_piece(weight[piece.matrix] + begin, grad[piece.matrix] + begin,
                            static_cast<Wide<Weight>>(lr), piece.rows, score[piece.matrix] + begin);
@@ -103,7 +103,7 @@ void update_importance_op(TensorList importance, TensorList weights, TensorList 
         using Weight = typename decltype(tag)::type;
         const auto weight = w.read<Weight>(), grad = g.read<Weight>();
         const auto average = s.write<Wide<Weight>>();
-        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const Piece& piece) {
+        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const RowPiece& piece) {
             const int64_t columns = shapes[piece.matrix].columns, begin = piece.first_row * columns;
             importance_piece(weight[piece.matrix] + begin, grad[piece.matrix] + begin, beta, piece.rows,
                              columns, average[piece.matrix] + piece.first_row);
@@ -135,7 +135,7 @@ Tensor update_sensitivity_op(TensorList sensitivity, TensorList uncertainty, Ten
         const auto average = s.write<Wide<Weight>>(), distance = u.write<Wide<Weight>>();
         auto* scores = static_cast<Wide<Weight>*>(row_scores.mutable_data_ptr());
         const Rates<Wide<Weight>> rates(beta1, beta2);
-        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const Piece& piece) {
+        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const RowPiece& piece) {
             const int64_t columns = shapes[piece.matrix].columns, begin = piece.first_row * columns;
             sensitivity_piece(weight[piece.matrix] + begin, grad[piece.matrix] + begin, rates, piece.rows,
                               columns, average[piece.matrix] + begin, distance[piece.matrix] + begin,
@@ -164,7 +164,7 @@ void zero_pruned_op(TensorList weights, TensorList scores, TensorList values, Te
         const auto weight = w.write<Weight>();
         const auto score = s.read<Wide<Weight>>(), value = values_list.read<Wide<Weight>>();
         const auto tie_index = ties.read<int64_t>();
-        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const Piece& piece) {
+        for_each_piece(cut_into_pieces(shapes), [&](std::size_t, const RowPiece& piece) {
             const int64_t columns = shapes[piece.matrix].columns, row = piece.first_row;
             zero_piece(score[piece.matrix] + row, *value[piece.matrix], *tie_index[piece.matrix] - row,
                        piece.rows, columns, weight[piece.matrix] + row * columns);
@@ -177,14 +177,14 @@ Tensor sparsity_statistics_op(TensorList weights) {
     constexpr const char* op = "sparsity_statistics";
     check_weights(op, weights);
     const std::vector<MatrixShape> shapes = shapes_of(weights);
-    const std::vector<Piece> pieces = cut_into_pieces(shapes);
+    const std::vector<RowPiece> pieces = cut_into_pieces(shapes);
     std::vector<Counts> counts(pieces.size());
     std::vector<std::vector<uint8_t>> columns_used(pieces.size());
     const ContiguousList w(weights);
     dispatch(op, weights, [&](auto tag) {
         using Weight = typename decltype(tag)::type;
         const auto weight = w.read<Weight>();
-        for_each_piece(pieces, [&](std::size_t i, const Piece& piece) {
+        for_each_piece(pieces, [&](std::size_t i, const RowPiece& piece) {
             const int64_t columns = shapes[piece.matrix].columns;
             columns_used[i].resize(static_cast<std::size_t>(columns));
             counts[i] = count_piece(weight[piece.matrix] + piece.first_row * columns, piece.rows, columns,

@@ -19,7 +19,7 @@ struct MatrixShape {
 };
 
 // A unit of parallel work: consecutive rows of one matrix.
-struct Piece {
+struct RowPiece {
     std::size_t matrix;
     std::int64_t first_row, rows;
 };
@@ -28,8 +28,8 @@ struct Piece {
 constexpr std::int64_t kPieceEntries = 1 << 15;
 
 // Every row lies in one piece, so that its sum does not depend on how pieces are shared out.
-inline std::vector<Piece> cut_into_pieces(std::span<const MatrixShape> shapes) {
-    std::vector<Piece> pieces;
+inline std::vector<RowPiece> cut_into_pieces(std::span<const MatrixShape> shapes) {
+    std::vector<RowPiece> pieces;
     for (std::size_t matrix = 0; matrix < shapes.size(); ++matrix) {
         const auto [rows, columns] = shapes[matrix];
         const std::int64_t step =

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.__main__ import main
-from benchmarks.gpu_check import Step, copy_results, dry_steps, gpu_steps, run_step, run_steps
+from benchmarks.gpu_check import Step, copy_results, dry_steps, gpu_steps, pruning_steps, run_step, run_steps
 from benchmarks.providers import PROVIDERS
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +208,7 @@ def test_the_environment_is_reported(capfd):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["gpu-pruning"], "python9 -m benchmarks gpu-pruning"),
         (["gpu-check"], "python9 -m benchmarks gpu-check"),
         (["gpu-check", "DRY=1"], "python9 -m benchmarks gpu-check --dry"),
         (["gpu-bench", "SLICE=2/5"], "--cases full --slice 2/5"),
@@ -220,3 +221,29 @@ def test_the_make_targets_use_the_named_python_and_make_no_environment(words, ex
     assert expected in done.stdout
     assert "venv" not in done.stdout
     assert "pip" not in done.stdout
+
+
+def test_pruning_steps_run_files_that_are_there_with_options_they_know(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
+    steps = pruning_steps(tmp_path / "masked.jsonl", tmp_path)
+    assert steps[-1].name == "compute-sanitizer"
+    scripts = [list(step.command(60)) for step in steps]
+    for command in scripts:
+        for word in command:
+            assert not word.endswith(".py") or (ROOT / word).is_file(), word
+    for command in scripts:
+        if command[1].startswith("benchmarks/"):
+            text = subprocess.run([sys.executable, command[1], "--help"], cwd=ROOT, capture_output=True, text=True)
+            assert all(word in text.stdout for word in command[2:] if word.startswith("--")), command
+    configuration = next(step for step in steps if step.name == "configuration")
+    assert run_step(configuration, 60).why is None
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_the_pruning_figures_are_a_command(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_check, "pruning_steps", lambda output, config: asked.append(output) or [step("pass")])
+    assert main(["gpu-pruning", "--budget", "30", "--output", str(tmp_path / "rows.jsonl")]) == 0
+    assert asked == [tmp_path / "rows.jsonl"]
+    monkeypatch.setattr(gpu_check, "pruning_steps", lambda output, config: [step("raise SystemExit(1)")])
+    assert main(["gpu-pruning", "--output", str(tmp_path / "rows.jsonl")]) == 1

@@ -98,8 +98,8 @@ def test_rows_and_columns_that_pruning_leaves_are_counted(finished):
 
 def test_hard_pruning_zeroes_the_same_share(tiny_model, tiny_data, tmp_path):
     options = CompressOptions(
-        model=str(tiny_model), task="text-classification", data_dir=str(tiny_data), output=str(tmp_path / "out"), rank=4,
-        batch_size=16, bench_batch=2, bench_length=16, max_length=16, max_train_samples=64, finetune_epochs=1,
+        model=str(tiny_model), task="text-classification", data_dir=str(tiny_data), output=str(tmp_path / "out"),
+        rank=4, batch_size=16, bench_batch=2, bench_length=16, max_length=16, max_train_samples=64, finetune_epochs=1,
         prune_epochs=2, retrain_epochs=1, checkpoint_steps=0, keep=0.3, hard_pruning=True,
     )  # fmt: skip
     _, report = compress(options)
