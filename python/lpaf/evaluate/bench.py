@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..models.checkpoint import load_classifier, load_config
 from ..models.count import encoder_params, forward_macs
 from ..models.device import device_name, resolve_device
-from .latency import MODES, interleaved_latency
+from .latency import MODES, check_counts, interleaved_latency
 
 RANDOM_TWIN = "dense (random weights)"
 
@@ -48,9 +48,7 @@ def bench(
     Raises:
         InputError: bad model, device, mode or size.
     """
-    for name, value, least in (("--rounds", rounds, 2), ("--threads", threads, 1)):
-        if value is not None and value < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
+    check_counts(rounds, threads)
     for mode in modes:
         if mode not in MODES:
             raise InputError(f"--mode {mode}: expected {', '.join(MODES)}")

@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 
 from lpaf_kernels.nn.graphed import capture
 
+from ..errors import InputError
+
 #: name -> how a model is called
 MODES = {
     "eager": "call the model",
@@ -23,16 +25,45 @@ MODES = {
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass over the rounds of a run."""
+    """Milliseconds of one call over the rounds of a run."""
 
     median: float
     p20: float
     p80: float
 
+    @classmethod
+    def of(cls, seconds: list[float]) -> Latency:
+        """From at least two times."""
+        tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+        return cls(*(1e3 * value for value in (statistics.median(seconds), tenths[1], tenths[7])))
+
 
 def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int, description: str
+) -> dict[str, list[float]]:
+    """Seconds of every call in ``rounds`` rounds, one call after the other in each, after ``warmup`` untimed rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in tqdm(range(warmup + rounds), desc=description, unit="round", delay=2, leave=False):
+        for name, call in calls.items():
+            _sync(device)
+            start = time.perf_counter()
+            call()
+            _sync(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def check_counts(rounds: int, threads: int | None) -> None:
+    """InputError for fewer rounds than have quantiles, or no thread."""
+    for name, value, least in (("--rounds", rounds, 2), ("--threads", threads, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} {value}: must be at least {least}")
 
 
 def _call(model: nn.Module, inputs: Mapping[str, torch.Tensor], mode: str) -> Callable[[], object]:
@@ -71,25 +102,13 @@ def interleaved_latency(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, first.config.vocab_size, (batch, length), generator=generator).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     if mode == "compiled":
         torch.compiler.reset()  # every cell compiles for its own shape; the compiler gives up after a few in a row
     calls = {name: _call(model, inputs, mode) for name, model in models.items()}
-    for turn in tqdm(range(warmup + rounds), desc=f"latency {batch}x{length}", unit="round", delay=2, leave=False):
-        for name, call in calls.items():
-            _sync(device)
-            start = time.perf_counter()
-            call()
-            _sync(device)
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved_seconds(calls, device, rounds, warmup, f"latency {batch}x{length}")
     for name, model in models.items():
         model.train(training[name])
-    result = {}
-    for name, values in seconds.items():
-        tenths = statistics.quantiles(values, n=10, method="inclusive")
-        result[name] = Latency(*(1e3 * value for value in (statistics.median(values), tenths[1], tenths[7])))
-    return result
+    return {name: Latency.of(values) for name, values in seconds.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -27,6 +25,7 @@ from ..retrain.mixed_rank import MixedRank
 from ..retrain.objective import Objective
 from ..retrain.trainer import TrainOptions, make_optimizer
 from .bench import dense_twin
+from .latency import Latency, check_counts, interleaved_seconds
 
 # The stage of a run that is timed: in the middle of the cubic schedule, of the paths' decay.
 STEPS, MIDDLE = 1000, 400
@@ -181,9 +180,7 @@ def bench_steps(
     Raises:
         InputError: bad model, device, stage or size.
     """
-    for name, value, least in (("--rounds", rounds, 2), ("--threads", threads, 1)):
-        if value is not None and value < least:
-            raise InputError(f"{name} {value}: must be at least {least}")
+    check_counts(rounds, threads)
     for stage in stages:
         if stage not in STAGES:
             raise InputError(f"--stages {stage}: expected some of {', '.join(STAGES)}")
@@ -206,30 +203,23 @@ def bench_steps(
         torch.set_num_threads(threads)
     try:
         steps = {stage: TrainingStep(stage, dense, rank, inputs, bf16, compiled) for stage in stages}
-        seconds: dict[str, list[float]] = {stage: [] for stage in stages}
-        for turn in tqdm(range(warmup + rounds), desc=f"step {batch}x{length}", unit="round", delay=2, leave=False):
-            for stage, step in steps.items():
-                _synchronize(target)
-                start = time.perf_counter()
-                step()
-                _synchronize(target)
-                if turn >= warmup:
-                    seconds[stage].append(time.perf_counter() - start)
+        description = f"step {batch}x{length}"
+        seconds = interleaved_seconds(steps, torch.device(target), rounds, warmup, description)
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     first = seconds[stages[0]]
     rows = []
     for stage, times in seconds.items():
-        tenths = statistics.quantiles(times, n=10, method="inclusive")
+        latency = Latency.of(times)
         # Of each round, so that a slow minute weighs on both sides.
         ratios = [time / other for time, other in zip(times, first, strict=True)]
         rows.append(
             {
                 "stage": stage,
-                "step_ms": 1e3 * statistics.median(times),
-                "p20": 1e3 * tenths[1],
-                "p80": 1e3 * tenths[7],
+                "step_ms": latency.median,
+                "p20": latency.p20,
+                "p80": latency.p80,
                 "ratio": statistics.median(ratios),
                 "model": model,
                 "rank": rank,
@@ -243,8 +233,3 @@ def bench_steps(
             }
         )
     return rows
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
