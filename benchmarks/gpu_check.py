@@ -165,6 +165,7 @@ def pruning_steps(output: Path, config: Path) -> list[Step]:
         Step("training steps", _python("-m", "lpaf", *step), 120, environment=sources),
         Step("compiled", _python("-m", "lpaf", *step, "--mode", "compiled"), 180, environment=sources),
         Step("masked cells", _benchmarks(*masked), 120, least=30),
+        Step("tuning of the masked layers", _benchmarks("tune", "--device", "cuda", "--cases", "masked"), 90, least=30),
         Step("factorisation", _python("benchmarks/weighted_svd.py", "--device", "cuda", *BERT, "--ranks", "130"), 150),
     ]
     if shutil.which("compute-sanitizer"):

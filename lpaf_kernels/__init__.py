@@ -13,7 +13,7 @@ from .nn.lowrank_attention import LowRankAttention
 from .nn.lowrank_ffn import LowRankFFN
 from .nn.lowrank_plus_sparse_linear import LowRankPlusSparseLinear
 from .nn.lowrank_sparse_linear import LowRankSparseLinear
-from .nn.masked_linear import MaskedLinear
+from .nn.masked_linear import MaskedLinear, set_thresholds
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
 from .nn.swap import swap_linears
 from .ops._blocks import Norm
@@ -57,6 +57,7 @@ __all__ = [
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
+    "set_thresholds",
     "sparsity_statistics",
     "swap_linears",
     "unfuse",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +74,7 @@ class MaskedLinear(nn.Linear):
 
     def set_threshold(self, threshold: KeepThreshold) -> None:
         """Copy ``threshold`` into the buffers; it counts for every later call."""
-        if not isinstance(threshold, KeepThreshold):
-            raise TypeError(f"threshold: expected a KeepThreshold, got {type(threshold).__name__}")
-        check_shape("threshold.value", threshold.value, because="one selection per layer")
-        check_shape("threshold.tie_index", threshold.tie_index, because="one selection per layer")
-        with torch.no_grad():
-            self.threshold_value.copy_(threshold.value)
-            self.threshold_tie_index.copy_(threshold.tie_index)
+        set_thresholds([self], [threshold])
 
     def mask(self) -> Tensor:
         """The boolean mask [out, in] of the kept weights."""
@@ -111,3 +106,23 @@ def _checked_block(block: tuple[int, int], out_features: int, in_features: int) 
     if min(block) < 1 or out_features % b or in_features % c:
         raise ValueError(f"block: expected sides that divide [{out_features}, {in_features}], got {block!r}")
     return b, c
+
+
+@torch.no_grad()
+def set_thresholds(layers: Sequence[MaskedLinear], thresholds: Sequence[KeepThreshold]) -> None:
+    """Copy a threshold into every layer's buffers, all in two launches; they count for every later call.
+
+    Args:
+        layers: on one device.
+        thresholds: one per layer, as :func:`keep_threshold` returns them for a list.
+    """
+    if len(layers) != len(thresholds):
+        raise ValueError(f"thresholds: expected {len(layers)} (one per layer), got {len(thresholds)}")
+    for threshold in thresholds:
+        if not isinstance(threshold, KeepThreshold):
+            raise TypeError(f"threshold: expected a KeepThreshold, got {type(threshold).__name__}")
+        check_shape("threshold.value", threshold.value, because="one selection per layer")
+        check_shape("threshold.tie_index", threshold.tie_index, because="one selection per layer")
+    if layers:
+        torch._foreach_copy_([layer.threshold_value for layer in layers], [t.value for t in thresholds])
+        torch._foreach_copy_([layer.threshold_tie_index for layer in layers], [t.tie_index for t in thresholds])

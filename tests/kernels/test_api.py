@@ -38,6 +38,7 @@ PUBLIC = [
     "lowrank_sparse_linear",
     "masked_linear",
     "packed_lowrank_sparse_linear",
+    "set_thresholds",
     "sparsity_statistics",
     "swap_linears",
     "unfuse",

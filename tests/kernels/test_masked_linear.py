@@ -11,7 +11,8 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from lpaf_kernels import KeepThreshold, MaskedLinear, PackedMask, keep_threshold, masked_linear
+from lpaf_kernels import KeepThreshold, MaskedLinear, PackedMask, keep_threshold, masked_linear, set_thresholds
+from lpaf_kernels.ops.keep_threshold import keep_threshold_reference
 from lpaf_kernels.ops.masked_linear import expand_blocks, masked_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -441,3 +442,16 @@ class TestModule:
             MaskedLinear(7, 6).set_threshold(0.5)
         with pytest.raises(ValueError, match=r"threshold.value: expected shape \[\]"):
             MaskedLinear(7, 6).set_threshold(KeepThreshold(torch.zeros(2), torch.zeros(())))
+
+
+def test_thresholds_of_many_layers_at_once():
+    layers = [MaskedLinear(7, 6), MaskedLinear(5, 4)]
+    for layer in layers:
+        nn.init.normal_(layer.scores)
+    scores = [layer.scores.detach() for layer in layers]
+    set_thresholds(layers, keep_threshold(scores, 0.5, "global"))
+    for layer, mask in zip(layers, keep_threshold_reference(scores, 0.5, "global"), strict=True):
+        assert torch.equal(layer.mask(), mask)
+    set_thresholds([], [])
+    with pytest.raises(ValueError, match=r"thresholds: expected 2 \(one per layer\), got 1"):
+        set_thresholds(layers, [layers[0].threshold])

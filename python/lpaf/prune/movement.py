@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import MaskedLinear, accumulate_movement_, keep_threshold, zero_pruned_
+from lpaf_kernels import MaskedLinear, accumulate_movement_, keep_threshold, set_thresholds, zero_pruned_
 
 from ..errors import TrainingDivergedError
 from ..models.targets import encoder_linears
@@ -63,8 +63,7 @@ class MovementPruner:
         """Select the top ``keep`` share of the current scores."""
         modules = [module for _, module in masked_linears(model)]
         scores = [module.scores.detach() for module in modules]
-        for module, threshold in zip(modules, keep_threshold(scores, keep, scope=self.scope), strict=True):
-            module.set_threshold(threshold)
+        set_thresholds(modules, keep_threshold(scores, keep, scope=self.scope))
 
     def callback(self, steps: int) -> PruningCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
