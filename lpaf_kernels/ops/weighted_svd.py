@@ -77,6 +77,7 @@ def weighted_svd(
     return a, b
 
 
+@torch.no_grad()
 def weighted_singular_values(
     weights: Tensor | Sequence[Tensor], row_weights: Tensor | Sequence[Tensor | None] | None = None
 ) -> Tensor | list[Tensor]:
@@ -96,13 +97,13 @@ def weighted_singular_values(
     """
     if isinstance(weights, Tensor):
         _check("weights", weights, "row_weights", row_weights)
-        return _singular_values(weights.detach(), row_weights)
+        return _singular_values(weights, row_weights)
     rows = _check_list(weights, row_weights)
     if all(weight.device.type == "cpu" for weight in weights):
-        return _on_all_threads(_singular_values, [weight.detach() for weight in weights], rows)
+        return _on_all_threads(_singular_values, weights, rows)
     values: list = [None] * len(weights)
     for members in _alike(weights, [0] * len(weights), rows):
-        batch = _singular_values(_stack(weights, members).detach(), _stack(rows, members))
+        batch = _singular_values(_stack(weights, members), _stack(rows, members))
         for j, i in enumerate(members):
             values[i] = batch[j]
     return values
@@ -166,7 +167,10 @@ def _stack(tensors: Sequence[Tensor | None], members: list[int]) -> Tensor | Non
 
 
 def _on_all_threads(function: Callable, *arguments: Sequence) -> list:
-    """``function`` of every matrix: one matrix per thread beats all threads on one matrix."""
+    """``function`` of every matrix: one matrix per thread beats all threads on one matrix.
+
+    torch's number of threads is 1 meanwhile.
+    """
     threads = min(torch.get_num_threads(), len(arguments[0]))
     if threads <= 1:
         return list(map(function, *arguments))
@@ -252,8 +256,9 @@ def _singular_values(weight: Tensor, row_weights: Tensor | None) -> Tensor:
 def _weighted_svd(weight: Tensor, rank: int, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_rows(row_weights)
     batch, (n, m) = weight.shape[:-2], weight.shape[-2:]
-    matrices = weight.reshape(batch.numel(), n, m)
-    d = _floored(None if row_weights is None else row_weights.reshape(batch.numel(), n))
+    # Detached: the operator stands below autograd, but the threads it starts do not.
+    matrices = weight.detach().reshape(batch.numel(), n, m)
+    d = _floored(None if row_weights is None else row_weights.detach().reshape(batch.numel(), n))
     with _full_precision(weight.device):
         if weight.device.type == "cpu" and batch.numel() > 1:
             columns = [None] * len(matrices) if d is None else d.split(1)

@@ -100,14 +100,28 @@ def test_matrices_of_a_list_do_not_depend_on_the_threads():
         assert torch.equal(shared[1][i], alone[1])
 
 
+def test_gradients_through_threads():
+    torch.set_num_threads(2)
+    batch = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    rows = (torch.rand(3, 6, dtype=torch.float64) + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w, d: weighted_svd(w, 2, d), (batch, rows))
+    leaves = [weight.clone().requires_grad_() for weight in batch.detach()]
+    assert torch.autograd.gradcheck(lambda *w: tuple(sum(weighted_svd(w, [1, 2, 3]), [])), tuple(leaves))
+    with torch.no_grad():
+        assert not weighted_svd(leaves, 2)[0][0].requires_grad
+    with torch.inference_mode():
+        assert torch.equal(weighted_svd([leaf * 1 for leaf in leaves], 2)[0][0], weighted_svd(leaves[0], 2)[0])
+
+
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (2, 9, 5)])
 def test_singular_values(shape):
     weight, rows = torch.randn(shape), torch.rand(shape[:-1])
     for d in (None, rows):
         exact = torch.linalg.svdvals(weight.double() if d is None else _floored(d) * weight.double())
         torch.testing.assert_close(weighted_singular_values(weight, d), exact, rtol=1e-7, atol=1e-7)
-    for batch in (weighted_singular_values([weight.reshape(-1, shape[-1])] * 2),):
-        assert torch.equal(batch[0], batch[1])
+    first, second = weighted_singular_values([weight.reshape(-1, shape[-1]).requires_grad_()] * 2)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
     assert (weighted_singular_values(torch.zeros(shape)) == 0).all()
 
 
