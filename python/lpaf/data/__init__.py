@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .load import TaskData, check_labels, load_task, make_task_data, tokenize
+from .load import check_labels, load_task, tokenize
+from .task_data import TaskData, make_task_data
 from .tasks import TASKS, TaskSpec, get_task
 
 __all__ = [

@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from .load import TaskData, make_task_data
+from .task_data import TaskData, make_task_data
 from .tasks import get_task
 
 PACKAGES = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import re
@@ -18,55 +16,14 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..hub import hub_has_dataset
+from . import docstrings
 from .files import SUFFIXES, Row, bad_row, read_rows
+from .task_data import TaskData, make_task_data
 from .tasks import TaskSpec, get_task
 
 _TOKENIZE_CHUNK = 2000
 _MIN_LENGTH = 4
 _WHOLE = re.compile(r"-?[0-9]+")
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task's examples, checked.
-
-    Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for
-    regression.
-
-    Args:
-        spec: the task.
-        train: training examples, or None when only validation was asked for.
-        validation: split name -> examples, in the task's order; the first is the main one.
-        labels: class names in the order of their indices, or None for regression.
-        num_labels: size of the model's output: number of classes, or 1 for regression.
-        fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every
-            machine.
-    """
-
-    spec: TaskSpec
-    train: Dataset | None
-    validation: dict[str, Dataset]
-    labels: tuple[str, ...] | None
-    num_labels: int
-    fingerprint: str
-
-    @property
-    def main_split(self) -> str:
-        """Name of the validation split that stands for the task."""
-        return next(iter(self.validation))
-
-
-def make_task_data(
-    spec: TaskSpec, train: Dataset | None, validation: dict[str, Dataset], labels: tuple[str, ...] | None
-) -> TaskData:
-    """A ``TaskData`` with its fingerprint worked out."""
-    digest = hashlib.sha256(json.dumps([spec.name, labels]).encode())
-    for name, split in {"train": train, **validation}.items():
-        if split is not None:
-            digest.update(json.dumps([name, split.column_names, len(split)]).encode())
-            for column in split.column_names:
-                digest.update(json.dumps(list(split[column])).encode())
-    return TaskData(spec, train, validation, labels, 1 if labels is None else len(labels), digest.hexdigest())
 
 
 def load_task(
@@ -226,11 +183,9 @@ def tokenize(
 
 def _built_in(spec: TaskSpec) -> TaskData:
     if spec.name == "docstrings":
-        from .docstrings import build_docstrings
-
         # Not the run's seed: a model must be evaluated on the split that it was trained on, whatever its seed
         # was.
-        return build_docstrings()
+        return docstrings.build_docstrings()
     if spec.hub is None:
         raise InputError(
             f"--task {spec.name}: needs your data; pass --data-dir with train and validation files, or "

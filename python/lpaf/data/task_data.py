@@ -1,0 +1,54 @@
+"""A task's checked examples, as every source of data returns them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from .tasks import TaskSpec
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's examples, checked.
+
+    Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for
+    regression.
+
+    Args:
+        spec: the task.
+        train: training examples, or None when only validation was asked for.
+        validation: split name -> examples, in the task's order; the first is the main one.
+        labels: class names in the order of their indices, or None for regression.
+        num_labels: size of the model's output: number of classes, or 1 for regression.
+        fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every
+            machine.
+    """
+
+    spec: TaskSpec
+    train: Dataset | None
+    validation: dict[str, Dataset]
+    labels: tuple[str, ...] | None
+    num_labels: int
+    fingerprint: str
+
+    @property
+    def main_split(self) -> str:
+        """Name of the validation split that stands for the task."""
+        return next(iter(self.validation))
+
+
+def make_task_data(
+    spec: TaskSpec, train: Dataset | None, validation: dict[str, Dataset], labels: tuple[str, ...] | None
+) -> TaskData:
+    """A ``TaskData`` with its fingerprint worked out."""
+    digest = hashlib.sha256(json.dumps([spec.name, labels]).encode())
+    for name, split in {"train": train, **validation}.items():
+        if split is not None:
+            digest.update(json.dumps([name, split.column_names, len(split)]).encode())
+            for column in split.column_names:
+                digest.update(json.dumps(list(split[column])).encode())
+    return TaskData(spec, train, validation, labels, 1 if labels is None else len(labels), digest.hexdigest())
