@@ -163,13 +163,7 @@ def pruning_steps(output: Path, config: Path) -> list[Step]:
         Step("updates", _python("benchmarks/pruning_updates.py", "--device", "cuda"), 60, environment=sources),
         Step("configuration", _python("-c", _BERT_CONFIG.format(str(config))), 60),
         Step("training steps", _python("-m", "lpaf", *step), 120, environment=sources),
-        # Without mixed-rank: its paths change with every step, and every choice would be compiled.
-        Step(
-            "compiled",
-            _python("-m", "lpaf", *step, "--mode", "compiled", "--stages", PRUNING_STAGES),
-            180,
-            environment=sources,
-        ),
+        Step("compiled", _python("-m", "lpaf", *step, "--mode", "compiled"), 180, environment=sources),
         Step("masked cells", _benchmarks(*masked), 120, least=30),
         Step("tuning of the masked layers", _benchmarks("tune", "--device", "cuda", "--cases", "masked"), 90, least=30),
         Step("factorisation", _python("benchmarks/weighted_svd.py", "--device", "cuda", *BERT, "--ranks", "130"), 150),
@@ -182,7 +176,6 @@ def pruning_steps(output: Path, config: Path) -> list[Step]:
     return steps
 
 
-PRUNING_STAGES = "fine-tuning,pruning,pruning-hard,pruning-published,losparse"
 BERT = ("--matrices", "bert-base")
 _BERT_CONFIG = """
 import transformers

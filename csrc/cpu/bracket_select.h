@@ -32,7 +32,7 @@ struct BracketCounts {
     Key highest = 0, lowest = std::numeric_limits<Key>::max();
 };
 
-// inside[i] = whether low < key of scores[i] < high; `inside` has room for a multiple of 8.
+// inside[i] = whether low < key of scores[i] < high.
 template <class Score>
 LPAF_MULTIVERSION BracketCounts<typename ScoreKey<Score>::Key> compare_with_bracket(
     const Score* __restrict scores, std::size_t size, typename ScoreKey<Score>::Key low,
@@ -112,7 +112,7 @@ class BracketSelect {
   private:
     static constexpr std::int64_t kMinSample = 512, kMaxSample = 1 << 13;
     static constexpr std::int64_t kSampleShare = 128;  // of the entries, between the two
-    static constexpr double kDeviations = 3;          // by which the bracket is wider than luck
+    static constexpr double kDeviations = 3;           // by which the bracket is wider than luck
     static constexpr std::size_t kBlock = 512;
     static constexpr std::int64_t kTieBlock = 512;
     static constexpr std::int64_t kInsideShare = 4;  // more of a piece than this part overflows

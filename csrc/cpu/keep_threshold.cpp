@@ -2,8 +2,12 @@
 #include "cpu/keep_threshold.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <exception>
 #include <optional>
+#include <span>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -18,7 +22,7 @@ namespace {
 
 constexpr const char* kOp = "keep_threshold";
 
-// With as many matrices per thread, uneven sizes even out.
+// With as many matrices per thread, none waits long for the last one.
 constexpr int kMatricesPerThread = 4;
 
 void check_arguments(const std::vector<Tensor>& scores, double keep,
@@ -103,16 +107,24 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& scores, double keep
         values[i] = threshold.value;
         tie_indices[i] = threshold.tie_index;
     };
-    if (count >= kMatricesPerThread * threads) {
-        // One matrix per thread: nothing has to be awaited within a matrix. Errors wait until all threads are
-        // back.
+    int64_t total = 0, largest = 0;
+    for (const ScoreSpan<Score>& span : spans) {
+        total += span.size;
+        largest = std::max(largest, span.size);
+    }
+    if (count >= kMatricesPerThread * threads && largest <= total / threads) {
+        // A thread that is done takes the next matrix, and nothing has to be awaited within a matrix. Errors
+        // wait until all threads are back.
         std::vector<std::exception_ptr> errors(spans.size());
-        share_out(count, [&](int64_t i) {
-            const auto position = static_cast<std::size_t>(i);
-            try {
-                store(i, select_spans(position, 1, 1, alone));
-            } catch (...) {
-                errors[position] = std::current_exception();
+        std::atomic<int64_t> next{0};
+        share_out(threads, [&](int64_t) {
+            for (int64_t i = next++; i < count; i = next++) {
+                const auto position = static_cast<std::size_t>(i);
+                try {
+                    store(i, select_spans(position, 1, 1, alone));
+                } catch (...) {
+                    errors[position] = std::current_exception();
+                }
             }
         });
         for (const std::exception_ptr& error : errors) {

@@ -173,11 +173,14 @@ void zero_pruned_op(TensorList weights, TensorList scores, TensorList values, Te
     w.write_back();
 }
 
+// Rows per piece at least where columns are counted: every piece has a flag for each of its columns.
+constexpr int64_t kCountedRows = 64;
+
 Tensor sparsity_statistics_op(TensorList weights) {
     constexpr const char* op = "sparsity_statistics";
     check_weights(op, weights);
     const std::vector<MatrixShape> shapes = shapes_of(weights);
-    const std::vector<RowPiece> pieces = cut_into_pieces(shapes);
+    const std::vector<RowPiece> pieces = cut_into_pieces(shapes, kCountedRows);
     std::vector<Counts> counts(pieces.size());
     std::vector<std::vector<uint8_t>> columns_used(pieces.size());
     const ContiguousList w(weights);

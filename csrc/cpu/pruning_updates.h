@@ -28,12 +28,13 @@ struct RowPiece {
 constexpr std::int64_t kPieceEntries = 1 << 15;
 
 // Every row lies in one piece, so that its sum does not depend on how pieces are shared out.
-inline std::vector<RowPiece> cut_into_pieces(std::span<const MatrixShape> shapes) {
+inline std::vector<RowPiece> cut_into_pieces(std::span<const MatrixShape> shapes,
+                                             std::int64_t least_rows = 1) {
     std::vector<RowPiece> pieces;
     for (std::size_t matrix = 0; matrix < shapes.size(); ++matrix) {
         const auto [rows, columns] = shapes[matrix];
         const std::int64_t step =
-            std::max<std::int64_t>(1, kPieceEntries / std::max<std::int64_t>(1, columns));
+            std::max<std::int64_t>(least_rows, kPieceEntries / std::max<std::int64_t>(1, columns));
         for (std::int64_t row = 0; row < rows; row += step) {
             pieces.push_back({matrix, row, std::min(step, rows - row)});
         }
@@ -176,7 +177,7 @@ void zero_pruned(const Wide<Weight>* __restrict scores, Wide<Weight> value, std:
         }
         for (std::int64_t row = begin; row < end; ++row) {
             if (is_kept(scores[row])) continue;
-            std::memset(weights + row * columns, 0, static_cast<std::size_t>(columns) * sizeof(Weight));
+            std::fill_n(weights + row * columns, columns, Weight{});
         }
     });
 }

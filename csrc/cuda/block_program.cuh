@@ -85,6 +85,7 @@ struct EachThread {
 template <class Program>
 __global__ void __launch_bounds__(Program::kThreads, Program::kBlocksPerProcessor)
     program_kernel(const __grid_constant__ typename Program::Arguments arguments) {
+    static_assert(sizeof(typename Program::Arguments) <= 32764, "more than a kernel's parameters may hold");
     __shared__ typename Program::Shared shared;
     Program(arguments, shared, static_cast<std::int64_t>(blockIdx.x)).run(EachThread{});
 }

@@ -412,7 +412,9 @@ class SelectDigit {
         shared_.is_last = atomic_add(&selection_.arrived, 1u) + 1 == selection_.chunks;
         memory_fence();
         if (shared_.is_last != 0) selection_.arrived = 0;
-        if constexpr (!kIsFirst) shared_.needed = selection_.needed;
+        if constexpr (!kIsFirst) {
+            if (shared_.is_last != 0) shared_.needed = selection_.needed;
+        }
     }
 
     // Items that one thread adds up.

@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(kThreads)
 template <class Weight, class Out, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     masked_blocks_kernel(const Weight* __restrict__ weight, BlockMask mask, Out* __restrict__ out) {
-    for (int row = static_cast<int>(blockIdx.x); row < mask.rows; row += static_cast<int>(gridDim.x)) {
-        const int64_t start = static_cast<int64_t>(row) * mask.width;
-        for (int pack = static_cast<int>(threadIdx.x); pack < mask.width / kWidth; pack += kThreads) {
+    for (int64_t row = blockIdx.x; row < mask.rows; row += gridDim.x) {
+        const int64_t start = row * mask.width;
+        for (int64_t pack = threadIdx.x; pack < mask.width / kWidth; pack += kThreads) {
             const auto w = reinterpret_cast<const Pack<Weight, kWidth>*>(weight + start)[pack];
-            const auto flags = mask.load<kWidth>(row, pack * kWidth);
+            const auto flags = mask.load<kWidth>(static_cast<int>(row), static_cast<int>(pack * kWidth));
             Pack<Out, kWidth> result;
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) result.entries[j] = keep<Out>(w.entries[j], flags.kept[j]);

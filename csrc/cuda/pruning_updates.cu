@@ -137,6 +137,7 @@ Tensor zeros(const char* op, const Tensor& like, std::vector<int64_t> sizes, Sca
              std::size_t entry_bytes) {
     const Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
     const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * entry_bytes;
+    if (bytes == 0) return tensor;
     check_launch(op, cudaMemsetAsync(tensor.mutable_data_ptr(), 0, bytes,
                                      current_stream(op, like.get_device_index())));
     return tensor;

@@ -1,4 +1,4 @@
-// Scalar types on the GPU: widening to float or double and back, and packs of entries. No torch.
+// Scalar types on the GPU: widening to float or double and back. No torch.
 #pragma once
 
 #include <cuda_bf16.h>

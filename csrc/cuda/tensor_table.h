@@ -15,7 +15,8 @@
 
 namespace lpaf::cuda {
 
-// Bytes of parameters that a kernel may have from sm_70 on; some are left for scalars beside the table.
+// Bytes of parameters that a kernel may have (CUDA 12.1 and driver 530 or newer); some are left for scalars
+// beside the table.
 constexpr std::size_t kParameterBytes = 32764;
 constexpr std::size_t kTableBytes = kParameterBytes - 124;
 

@@ -52,7 +52,7 @@ class LowRankPlusSparseLinear(nn.Module):
             linear: its bias parameter is shared, not copied.
             rank: 1 to min(in, out).
             factors: (A [out, rank], B [rank, in]) with A B = V^T U^T. Default: the truncated SVD with the roots of
-                the singular values on both sides, as the paper has it.
+                the singular values on both sides, as the paper has it. Copied.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -66,8 +66,8 @@ class LowRankPlusSparseLinear(nn.Module):
         check_shape("factors[0]", a, linear.out_features, rank, because="[out, rank] of linear")
         check_shape("factors[1]", b, rank, linear.in_features, because="[rank, in] of linear")
         layer = cls(linear.in_features, linear.out_features, rank, bias=linear.bias is not None, device="meta")
-        layer.down = nn.Parameter(b.contiguous())
-        layer.up = nn.Parameter(a.t().contiguous())
+        layer.down = nn.Parameter(b.clone(memory_format=torch.contiguous_format))
+        layer.up = nn.Parameter(a.t().clone(memory_format=torch.contiguous_format))
         layer.sparse = nn.Parameter(weight - a @ b)
         layer.bias = linear.bias
         layer.train(linear.training)

@@ -124,8 +124,8 @@ def keep_threshold(
     else:
         try:
             value, tie_index = operator(tensors, keep, scope == "global", counts)
-        except RuntimeError as error:
-            # A native kernel can only raise RuntimeError.
+        except (RuntimeError, ValueError) as error:
+            # What a native kernel raises names the operator first, and in some versions of torch is a RuntimeError.
             message = str(error).partition("\n")[0].removeprefix("keep_threshold: ")
             if message.startswith(("scores[", "weights[")):
                 raise ValueError(message) from None

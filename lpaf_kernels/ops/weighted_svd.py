@@ -35,8 +35,9 @@ def weighted_svd(
     the eigenvectors cannot exclude that float32 lost something (and for float64 weights). With err* the
     optimum, err - err* <= 1e-4 err* + 10 eps_float32 ||D W||_F. A zero row of W gives an exactly zero row of A.
 
-    On the CPU the matrices of a list or batch are shared out among torch's threads, one matrix per thread; on
-    other devices those of one shape and rank are solved as a batch (and the residual check waits for them).
+    On the CPU the matrices of a list or batch are shared out among torch's threads, one matrix per thread, and
+    torch's number of threads is 1 for the whole process meanwhile; on other devices those of one shape and rank
+    are solved as a batch (and the residual check waits for them).
 
     Args:
         weights: W [n, m], a batch [..., n, m], or a list of [n, m]; float32, float16, bfloat16 or float64.
@@ -65,7 +66,8 @@ def weighted_svd(
         _check_rank(name, k, f"weights[{i}]", weight)
     operator = torch.ops.lpaf_kernels.weighted_svd
     if not torch.compiler.is_compiling() and all(weight.device.type == "cpu" for weight in weights):
-        factors = _on_all_threads(operator, weights, ranks, rows)
+        with _full_precision(weights[0].device):  # here, because the setting is the process's, not a thread's
+            factors = _on_all_threads(operator, weights, ranks, rows)
         return [a for a, _ in factors], [b for _, b in factors]
     a: list = [None] * len(weights)
     b: list = [None] * len(weights)
@@ -85,6 +87,7 @@ def weighted_singular_values(
     the squares from the k-th (from 0) on.
 
     From the eigenvalues of the Gram matrix in float64: accurate to about 1e-8 of the largest. Not differentiated.
+    Lists use threads as :func:`weighted_svd` does.
 
     Args:
         weights, row_weights: as for :func:`weighted_svd`.

@@ -207,6 +207,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
+        if arguments.step:
+            raise InputError("--plot: draws rows that are there; --step has none to draw")
         from .report.bench_figures import write_bench_pictures
 
         rows = Path(arguments.plot)
@@ -217,7 +219,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         raise InputError("--output: is for --plot; times are printed, with --json as JSON")
     for name in () if arguments.step else ("stages", "rank", "ratio", "bf16"):
-        if getattr(arguments, name):
+        if getattr(arguments, name) is not None and getattr(arguments, name) is not False:
             raise InputError(f"--{name}: is for --step")
     if arguments.step:
         run_bench_step(arguments)
@@ -241,7 +243,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_step(arguments: argparse.Namespace) -> None:
-    from .evaluate.step import STAGES, bench_steps
+    from .evaluate.step import bench_steps
     from .report.terminal import show, step_table
 
     for name, given in (("--against", arguments.against), ("--fuse", arguments.fuse)):
@@ -260,7 +262,7 @@ def run_bench_step(arguments: argparse.Namespace) -> None:
         length=(arguments.length or [64])[0],
         rank=arguments.rank,
         ratio=arguments.ratio,
-        stages=arguments.stages or list(STAGES),
+        stages=arguments.stages,
         rounds=arguments.rounds,
         threads=arguments.threads,
         device=arguments.device,

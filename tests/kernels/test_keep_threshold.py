@@ -152,7 +152,7 @@ def test_nan_is_found_among_many_matrices():
     scores[7][50, 50] = math.nan
     scores[9][0, 0] = math.nan
     for scope in ("matrix", "global"):
-        with pytest.raises(ValueError, match=r"scores\[7\] holds NaN"):
+        with pytest.raises(ValueError, match=r"^scores\[7\] holds NaN"):
             keep_threshold(scores, 0.5, scope)
 
 
@@ -256,7 +256,7 @@ def test_compiles_whole():
         (
             ([torch.ones(3), torch.tensor([1.0, math.nan])], 0.5),
             ValueError,
-            r"scores\[1\] holds NaN, expected numbers",
+            r"^scores\[1\] holds NaN, expected numbers",
         ),
         (([torch.ones(3), torch.tensor([math.nan])], 0.5, "global"), ValueError, r"scores\[1\] holds NaN"),
         ((torch.full((3,), math.nan, dtype=torch.float64), 0.5), ValueError, r"scores\[0\] holds NaN"),

@@ -140,6 +140,30 @@ def test_lower_matmul_precision_and_autocast_change_nothing(precision):
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
+def test_every_thread_computes_in_full_precision(monkeypatch):
+    """The setting is the process's: a thread that is done must not take it from one that is not."""
+    from lpaf_kernels.ops import weighted_svd as module
+
+    leading, seen = module._leading, []
+
+    def record(dw, rank):
+        before = torch.get_float32_matmul_precision()
+        result = leading(dw, rank)
+        seen.append((before, torch.get_float32_matmul_precision()))
+        return result
+
+    monkeypatch.setattr(module, "_leading", record)
+    torch.set_num_threads(2)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        weighted_svd([torch.randn(24, 20), torch.randn(500, 400)] * 2, 8)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [("highest", "highest")] * 4
+
+
 def test_factors_are_normalised():
     weight = torch.randn(20, 15, dtype=torch.float64)
     a, b = weighted_svd(weight, 6)

@@ -19,6 +19,7 @@ import lpaf
 from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate.evaluate import evaluate_directory
+from lpaf.prune.movement import HardPruningCallback
 from lpaf.recipes.compress import Compression, compress, prepare
 from lpaf.recipes.options import CompressOptions
 from tiny import sentences, write_model, write_rows
@@ -109,6 +110,27 @@ def test_hard_pruning_zeroes_the_same_share(tiny_model, tiny_data, tmp_path):
     assert report["training"]["prune"][-1]["keep"] == 0.3
     assert set(report["training"]["retrain"][-1]) >= {"loss", "consistency"}
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "movement" in name]
+
+
+def test_interrupted_hard_pruning_resumes_to_the_same_weights(tiny_options, tmp_path, monkeypatch):
+    options = tiny_options | {"hard_pruning": True, "keep": 0.3, "prune_epochs": 2}
+    _, expected = compress(CompressOptions(**options))
+    zero = HardPruningCallback.on_optimizer_step
+
+    def die(self, args, state, control, model=None, **kwargs):
+        zero(self, args, state, control, model=model, **kwargs)
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    again = options | {"output": str(tmp_path / "again")}
+    with monkeypatch.context() as patch:
+        patch.setattr(HardPruningCallback, "on_optimizer_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            compress(CompressOptions(**again))
+    _, report = compress(CompressOptions(**again, resume=True))
+    assert report["metric"]["details"] == expected["metric"]["details"]
+    first, second = (load_file(Path(o["output"]) / "model.safetensors") for o in (options, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_history_follows_the_schedules(finished):
@@ -307,6 +329,17 @@ def test_auto_ranks_of_a_resumed_run_are_the_same(auto, tmp_path):
     _, again = compress(resumed, command="")
     assert again["rank"]["per_matrix"] == report["rank"]["per_matrix"]
     assert again["metric"]["compressed"] == report["metric"]["compressed"]
+
+
+def test_force_decides_automatic_ranks_and_so_stays_what_it_was(auto, tmp_path):
+    _, _, options = auto
+    first = Compression(prepare(CompressOptions(**options | {"output": str(tmp_path / "out")})), "")
+    first.shrink = None
+    with pytest.raises(TypeError):
+        first.run()
+    del first
+    with pytest.raises(InputError, match="the interrupted run had force"):
+        compress(CompressOptions(**options | {"output": str(tmp_path / "out"), "resume": True, "force": True}))
 
 
 def test_rank_error_bounds_every_matrix(tiny_options):

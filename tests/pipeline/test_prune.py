@@ -154,8 +154,23 @@ def test_nan_scores_stop_the_run_when_it_logs(model):
     callback = pruner.callback(steps=10)
     callback.on_log(None, TrainerState(global_step=3), None, model=model)
     next(iter(masked_linears(model)))[1].threshold_value.fill_(float("nan"))
-    with pytest.raises(TrainingDivergedError, match="scores became NaN by update 3"):
+    with pytest.raises(TrainingDivergedError, match="the scores are not numbers any more"):
         callback.on_log(None, TrainerState(global_step=3), None, model=model)
+
+
+@pytest.mark.parametrize("pruner", [MovementPruner(0.5), HardMovementPruner(0.5), ImportancePruner(0.5, rank=4)])
+def test_nan_scores_never_prune_in_silence(model, pruner):
+    pruner.attach(model)
+    state = {MovementPruner: "scores", HardMovementPruner: "movement", ImportancePruner: "importance"}[type(pruner)]
+    linear = next(iter(encoder_linears(model).values()))
+    getattr(linear, state).data.view(-1)[0] = float("nan")
+    if not isinstance(pruner, MovementPruner):
+        with pytest.raises(TrainingDivergedError, match="the scores are not numbers any more"):
+            pruner.callback(steps=10).on_log(None, TrainerState(), None, model=model)
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(TrainingDivergedError, match="the scores are not numbers any more"):
+        pruner.detach(model)
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items() if part.isfinite().all())
 
 
 class TestImportance:
@@ -168,7 +183,7 @@ class TestImportance:
         torch.testing.assert_close(model(input_ids=ids).logits, before)
 
     def test_importance_is_the_mean_of_weight_times_gradient(self, model):
-        pruner = ImportancePruner(0.5, rank=4, beta=0.75)
+        pruner = ImportancePruner(0.5, rank=4, beta1=0.75)
         pruner.attach(model)
         expected = {name: 0.0 for name, _ in sparse_linears(model)}
         for seed in range(2):
@@ -184,7 +199,7 @@ class TestImportance:
             assert f"{name}.importance" in model.state_dict()
 
     def test_uncertainty_multiplies_importance(self, model):
-        pruner = ImportancePruner(0.5, rank=4, beta=0.75, uncertainty=0.9)
+        pruner = ImportancePruner(0.5, rank=4, beta1=0.75, beta2=0.9)
         pruner.attach(model)
         ids = torch.randint(5, 20, (4, 6))
         model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
@@ -248,7 +263,7 @@ class TestImportance:
             ({"rank": 0}, "rank: must be at least 1"),
             ({"scope": "row"}, "scope: expected"),
             ({"interval": 0}, "interval: must be at least 1"),
-            ({"beta": 1.0}, r"beta: must be in \[0, 1\)"),
+            ({"beta1": 1.0}, r"beta1: must be in \[0, 1\)"),
             ({"keep": 0.0}, "keep: must be in"),
         ],
     )

@@ -46,6 +46,21 @@ def test_a_step_trains_what_the_stage_trains(stage, bf16):
         assert all((linear.weight == 0).float().mean() > 0.2 for linear in encoder_linears(step.model).values())
 
 
+@pytest.mark.slow
+def test_a_compiled_step_trains():
+    ids = torch.randint(5, 40, (4, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 1, 0])}
+    losses = []
+    for compiled in (False, True):
+        step = TrainingStep("pruning", build("bert").eval(), 4, inputs, bf16=False, compiled=compiled)
+        step.model.eval()
+        for _ in range(3):
+            step()
+        losses.append([p.detach().clone() for p in step.model.parameters()])
+    for eager, compiled in zip(*losses, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
 def test_published_masks_are_ours():
     """The sorted mask of the published step and the selected one of ours compute the same layer and gradients."""
     torch.manual_seed(0)
@@ -88,6 +103,11 @@ def test_command_prints_every_stage(tmp_path, capsys):
     ("arguments", "text"),
     [
         (["--step", "--stages", "sleeping"], "--stages sleeping: expected some of fine-tuning"),
+        (
+            ["--step", "--mode", "compiled", "--stages", "mixed-rank"],
+            "--stages mixed-rank: expected some of fine-tuning",
+        ),
+        (["--rank", "0"], "--rank: is for --step"),
         (["--step", "--batch", "1,2"], "--batch 1,2: --step takes one"),
         (["--step", "--mode", "graphed"], "--mode graphed: --step takes eager or compiled"),
         (["--step", "--dtype", "bfloat16"], "--dtype bfloat16: --step keeps float32 weights"),

@@ -81,6 +81,7 @@ def allocate_ranks(
     """
     largest = {name: min(shape) for name, shape in shapes.items()} if largest is None else largest
     least = rank_params(dict.fromkeys(shapes, 1), shapes)
+    budget = min(budget, rank_params(largest, shapes))
     if budget < least:
         raise ValueError(f"budget: expected at least {least} parameters (rank 1 everywhere), got {budget}")
     gains = {name: spectra[name].double().square().cpu().numpy()[1 : largest[name]] for name in shapes}

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lpaf_kernels import LowRankSparseLinear, swap_linears
+from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, swap_linears
 
 from ..errors import InputError
 from .targets import encoder_linears
@@ -73,7 +73,13 @@ def base_name(model: nn.Module, name: str) -> str:
 
 
 def compression_config(model: nn.Module, method: str | None) -> CompressionConfig:
-    """The configuration that rebuilds the ``LowRankSparseLinear`` layers of ``model``."""
+    """The configuration that rebuilds the ``LowRankSparseLinear`` layers of ``model``.
+
+    Raises InputError for a model that is still being pruned.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankPlusSparseLinear):
+            raise InputError(f"model: {name} still has a dense S; detach the pruner, then save")
     modules = {
         base_name(model, name): {"rank": module.rank, "kept": module.kept.numel()}
         for name, module in model.named_modules()

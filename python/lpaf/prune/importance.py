@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 from lpaf_kernels import (
     LowRankPlusSparseLinear,
-    keep_threshold,
     update_importance_,
     update_sensitivity_,
     weighted_svd,
@@ -24,7 +23,7 @@ from lpaf_kernels import (
 )
 
 from ..models.targets import encoder_linears
-from .schedule import CubicSchedule, check_scope
+from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, LowRankPlusSparseLinear]]:
@@ -40,9 +39,9 @@ class ImportancePruner:
         rank: rank of U V in every matrix.
         scope: "global" ranks the neurons of all matrices together, each counting once per input; "matrix" within each.
         warmup, cooldown: see :class:`CubicSchedule`.
-        beta: decay of the moving average.
+        beta1: decay of the moving average.
         interval: steps between selections before the cool-down.
-        uncertainty: decay of PLATON's uncertainty, by which importance is multiplied per weight (Zhang et al., 2022);
+        beta2: decay of PLATON's uncertainty, by which importance is multiplied per weight (Zhang et al., 2022);
             keeps two numbers per weight. Default: None, importance alone.
     """
 
@@ -53,21 +52,21 @@ class ImportancePruner:
         scope: str = "global",
         warmup: float = 0.1,
         cooldown: float = 0.3,
-        beta: float = 0.85,
+        beta1: float = 0.85,
         interval: int = 10,
-        uncertainty: float | None = None,
+        beta2: float | None = None,
     ) -> None:
         check_scope(scope)
         if rank < 1:
             raise ValueError(f"rank: must be at least 1, got {rank}")
         if interval < 1:
             raise ValueError(f"interval: must be at least 1, got {interval}")
-        for name, value in (("beta", beta), ("uncertainty", uncertainty)):
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
             if value is not None and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}: must be in [0, 1), got {value}")
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.rank, self.scope, self.warmup, self.cooldown = keep, rank, scope, warmup, cooldown
-        self.beta, self.interval, self.uncertainty = beta, interval, uncertainty
+        self.beta1, self.beta2, self.interval = beta1, beta2, interval
 
     def attach(self, model: nn.Module) -> None:
         """Replace every encoder linear of ``model`` by U V + S, the same function."""
@@ -80,7 +79,7 @@ class ImportancePruner:
             module = LowRankPlusSparseLinear.from_linear(linear, self.rank, factors)
             # Buffers, so that checkpoints hold them.
             module.register_buffer("importance", linear.weight.new_zeros(linear.out_features, dtype=torch.float32))
-            if self.uncertainty is not None:
+            if self.beta2 is not None:
                 for state in ("sensitivity", "uncertainty"):
                     module.register_buffer(state, torch.zeros_like(module.sparse, dtype=torch.float32))
             model.set_submodule(name, module)
@@ -90,11 +89,11 @@ class ImportancePruner:
         modules = [module for _, module in sparse_linears(model)]
         weights = [module.sparse for module in modules]
         grads = [weight.grad for weight in weights]
-        if self.uncertainty is None:
-            update_importance_([module.importance for module in modules], weights, grads, beta=self.beta)
+        if self.beta2 is None:
+            update_importance_([module.importance for module in modules], weights, grads, beta=self.beta1)
             return
         states = [module.sensitivity for module in modules], [module.uncertainty for module in modules]
-        rows = update_sensitivity_(*states, weights, grads, beta1=self.beta, beta2=self.uncertainty)
+        rows = update_sensitivity_(*states, weights, grads, beta1=self.beta1, beta2=self.beta2)
         for module, importance in zip(modules, rows, strict=True):
             module.importance.copy_(importance)
 
@@ -103,7 +102,7 @@ class ImportancePruner:
         modules = [module for _, module in sparse_linears(model)]
         weights, states = [module.sparse for module in modules], [module.importance for module in modules]
         counts = [torch.full_like(state, weight.shape[1], dtype=torch.int64) for state, weight in zip(states, weights)]
-        zero_pruned_(weights, keep_threshold(states, keep, scope=self.scope, weights=counts), states)
+        zero_pruned_(weights, select(states, keep, self.scope, counts), states)
 
     def callback(self, steps: int) -> ImportanceCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
@@ -111,6 +110,7 @@ class ImportancePruner:
 
     def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Zero the pruned rows, put compact layers in, and return the importance: name -> [out] float32."""
+        refuse_nan([module.importance for _, module in sparse_linears(model)])
         self.zero_rows(model, self.keep)
         importance = {}
         for name, module in list(sparse_linears(model)):
@@ -134,3 +134,6 @@ class ImportanceCallback(TrainerCallback):
         self.progress = {"keep": keep}
         if keep < 1.0 and (step % self.pruner.interval == 0 or keep == self.pruner.keep):
             self.pruner.zero_rows(model, keep)
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        refuse_nan([module.importance for _, module in sparse_linears(model)])

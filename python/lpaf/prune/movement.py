@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import MaskedLinear, accumulate_movement_, keep_threshold, set_thresholds, zero_pruned_
+from lpaf_kernels import MaskedLinear, accumulate_movement_, set_thresholds, zero_pruned_
 
-from ..errors import TrainingDivergedError
 from ..models.targets import encoder_linears
-from .schedule import CubicSchedule, check_scope
+from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
 
 def masked_linears(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
@@ -63,7 +62,7 @@ class MovementPruner:
         """Select the top ``keep`` share of the current scores."""
         modules = [module for _, module in masked_linears(model)]
         scores = [module.scores.detach() for module in modules]
-        set_thresholds(modules, keep_threshold(scores, keep, scope=self.scope))
+        set_thresholds(modules, select(scores, keep, self.scope))
 
     def callback(self, steps: int) -> PruningCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
@@ -72,6 +71,7 @@ class MovementPruner:
     def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Zero the pruned weights, put plain linears back, and return the scores: name -> [out, in] float32."""
         self.update_masks(model, self.keep)
+        refuse_nan([module.threshold_value for _, module in masked_linears(model)])
         scores = {}
         for name, module in list(masked_linears(model)):
             scores[name] = module.scores.detach().float().clone()
@@ -91,12 +91,7 @@ class PruningCallback(TrainerCallback):
         self.progress = {"keep": keep}
 
     def on_log(self, args, state, control, model=None, **kwargs):
-        """On a GPU NaN scores make a NaN threshold, which nothing waits for; logging reads results anyway."""
-        values = [module.threshold_value for _, module in masked_linears(model)]
-        if values and bool(torch.stack(values).isnan().any()):
-            raise TrainingDivergedError(
-                f"prune: scores became NaN by update {state.global_step}; pass a smaller --score-lr, or check the data"
-            )
+        refuse_nan([module.threshold_value for _, module in masked_linears(model)])
 
 
 class HardMovementPruner:
@@ -130,7 +125,7 @@ class HardMovementPruner:
         """Zero the weights outside the top ``keep`` share of the scores."""
         linears = encoder_linears(model).values()
         scores = [linear.movement for linear in linears]
-        zero_pruned_([linear.weight for linear in linears], keep_threshold(scores, keep, scope=self.scope), scores)
+        zero_pruned_([linear.weight for linear in linears], select(scores, keep, self.scope), scores)
 
     def callback(self, steps: int) -> HardPruningCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
@@ -138,6 +133,7 @@ class HardMovementPruner:
 
     def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Zero the pruned weights for good, and return the scores: name -> [out, in] float32."""
+        refuse_nan([linear.movement for linear in encoder_linears(model).values()])
         self.zero(model, self.keep)
         scores = {}
         for name, linear in encoder_linears(model).items():
@@ -160,3 +156,6 @@ class HardPruningCallback(TrainerCallback):
         self.progress = {"keep": keep}
         if keep < 1.0:
             self.pruner.zero(model, keep)
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        refuse_nan([linear.movement for linear in encoder_linears(model).values()])

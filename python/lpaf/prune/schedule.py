@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+
+from lpaf_kernels import KeepThreshold, keep_threshold
+
+from ..errors import TrainingDivergedError
 
 
 def check_scope(scope: str) -> None:
     """ValueError unless ``scope`` says where scores are ranked."""
     if scope not in ("matrix", "global"):
         raise ValueError(f"scope: expected 'matrix' or 'global', got {scope!r}")
+
+
+NOT_NUMBERS = "prune: the scores are not numbers any more; pass smaller learning rates, or check the data"
+
+
+def select(
+    scores: Sequence[torch.Tensor], keep: float, scope: str, weights: Sequence[torch.Tensor] | None = None
+) -> list[KeepThreshold]:
+    """The thresholds of :func:`keep_threshold`; NaN scores are a TrainingDivergedError where a CPU finds them."""
+    try:
+        return keep_threshold(scores, keep, scope=scope, weights=weights)
+    except ValueError as error:
+        if "holds NaN" in str(error):
+            raise TrainingDivergedError(NOT_NUMBERS) from error
+        raise
+
+
+def refuse_nan(states: Sequence[torch.Tensor]) -> None:
+    """TrainingDivergedError if one of ``states`` holds NaN.
+
+    For when a run logs or ends: on a GPU NaN scores make a NaN threshold, which keeps nothing and waits for nobody.
+    """
+    if states and bool(torch.stack([state.isnan().any() for state in states]).any()):
+        raise TrainingDivergedError(NOT_NUMBERS)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ class Compression:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
         settings = {k: v for k, v in options.to_dict().items() if k not in RUN_OPTIONS}
+        if options.rank == "auto" or options.rank_error is not None:
+            settings["force"] = options.force  # decides how large ranks may become
         settings["data"] = data.fingerprint
         settings["weights"] = _fingerprint(options.model)
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -310,13 +312,13 @@ class Compression:
             return None
         state = self.finished("prune")
         if state is None:
-            settings = {"score_init": options.score_init} if method.pruner == "movement" else {}
+            learned = {"score_init": options.score_init} if method.pruner == "movement" else {}
             pruner = PRUNERS[method.pruner](
                 keep=options.keep,
                 scope=options.scope,
                 warmup=options.prune_warmup,
                 cooldown=options.prune_cooldown,
-                **settings,
+                **learned,
             )
             pruner.attach(model)
             train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)
@@ -494,6 +496,7 @@ class Compression:
             | {
                 "rank": options.rank if prepared.rank is None else prepared.rank,
                 "keep": options.keep if prepared.method.pruner else None,
+                "score_init": options.score_init if prepared.method.pruner == "movement" else None,
                 "mixed_rank_p": self.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
                 "finetune_epochs": prepared.finetune_epochs,
                 "weighting": prepared.method.weighting,

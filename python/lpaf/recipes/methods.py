@@ -33,7 +33,9 @@ class Method:
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the steps switched off that ``options`` switches off."""
         pruner = self.pruner if options.prune else None
-        if pruner == "movement" and options.hard_pruning:
+        if options.hard_pruning:
+            if pruner != "movement":
+                raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
         weighting = self.weighting
         if weighting != "none":

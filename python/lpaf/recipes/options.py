@@ -126,6 +126,12 @@ class CompressOptions:
                 raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
+        if self.hard_pruning:
+            if not self.prune:
+                raise InputError("--hard-pruning: needs pruning; leave out --no-prune")
+            for field in dataclasses.fields(self):
+                if field.name in ("score_init", "score_lr") and getattr(self, field.name) != field.default:
+                    raise InputError(f"{flag(field.name)}: is for learned scores, which --hard-pruning does not have")
         for name in ("prune_warmup", "prune_cooldown"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{flag(name)} {getattr(self, name):g}: must be in [0, 1)")
