@@ -15,6 +15,7 @@ import lpaf
 from lpaf.errors import InputError
 from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
+from lpaf.prune import ImportancePruner
 from lpaf_kernels import LowRankSparseLinear, swap_linears
 from tiny import write_model
 
@@ -28,6 +29,20 @@ def make_compressed(directory, architecture="bert", keep=0.0):
     swap_linears(model, rank=4, keep=keep, names=list(encoder_linears(model)))
     save_compressed(model, load_tokenizer(source), directory / "small", "svd")
     return model, directory / "small"
+
+
+def test_a_model_that_is_being_pruned_is_not_saved(tmp_path):
+    source = str(write_model(tmp_path / "dense"))
+    model = load_dense(source, ["neg", "pos"], "classification")[0]
+    pruner = ImportancePruner(0.5, rank=4)
+    pruner.attach(model)
+    with pytest.raises(InputError, match="still has a dense S; detach the pruner"):
+        save_compressed(model, load_tokenizer(source), tmp_path / "small", "losparse")
+    pruner.detach(model)
+    save_compressed(model, load_tokenizer(source), tmp_path / "small", "losparse")
+    ids = torch.randint(5, 20, (2, 6))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 RELOAD = """
