@@ -8,32 +8,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from matrices import MODELS, encoder_shapes, timed
 
 import lpaf_kernels
 from lpaf_kernels import keep_threshold
-
-# (layers, hidden, intermediate)
-MODELS = {"minilm": (6, 384, 1536), "bert-base": (12, 768, 3072)}
-
-
-def shapes(matrices: str) -> list[tuple[int, ...]]:
-    """The encoder matrices of a model, or one vector of N scores."""
-    if matrices not in MODELS:
-        return [(int(matrices),)]
-    layers, hidden, intermediate = MODELS[matrices]
-    return [*[(hidden, hidden)] * 4, (intermediate, hidden), (hidden, intermediate)] * layers
-
-
-def timed(run: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -45,7 +25,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
-    normal = [torch.randn(shape, generator=generator).to(arguments.device) for shape in shapes(arguments.matrices)]
+    named = arguments.matrices in MODELS
+    shapes = encoder_shapes(arguments.matrices) if named else [(int(arguments.matrices),)]
+    normal = [torch.randn(shape, generator=generator).to(arguments.device) for shape in shapes]
     sizes = [scores.numel() for scores in normal]
     print(f"torch {torch.__version__}, {lpaf_kernels.build_info()}")
     if arguments.device == "cuda":

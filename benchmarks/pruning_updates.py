@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from matrices import encoder_shapes
 from torch import Tensor
 
 import lpaf_kernels
@@ -25,7 +26,6 @@ from lpaf_kernels import (
     zero_pruned_,
 )
 
-LAYER = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
 LR, BETA1, BETA2 = 0.5, 0.85, 0.95
 Runner = Callable[["State"], object]
 
@@ -37,7 +37,10 @@ class State:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(to: torch.dtype) -> list[Tensor]:
-            return [torch.randn(shape, generator=generator, device=device).to(to) for shape in LAYER * layers]
+            return [
+                torch.randn(shape, generator=generator, device=device).to(to)
+                for shape in encoder_shapes("bert-base", layers)
+            ]
 
         self.weights, self.grads = draw(dtype), draw(dtype)
         self.scores = draw(torch.float32)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from keep_threshold import shapes, timed
+from matrices import MODELS, encoder_shapes, timed
 from torch import Tensor
 
 import lpaf_kernels
@@ -40,7 +40,7 @@ def check(weights: list[Tensor], factors: tuple[list[Tensor], list[Tensor]], ran
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--matrices", default="bert-base", choices=("minilm", "bert-base"))
+    parser.add_argument("--matrices", default="bert-base", choices=tuple(MODELS))
     parser.add_argument("--ranks", default="80,130,260")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
@@ -49,7 +49,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
     weights = [
-        (0.04 * torch.randn(shape, generator=generator)).to(arguments.device) for shape in shapes(arguments.matrices)
+        (0.04 * torch.randn(shape, generator=generator)).to(arguments.device)
+        for shape in encoder_shapes(arguments.matrices)
     ]
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} CPU threads"
     print(f"torch {torch.__version__}, lpaf-kernels {lpaf_kernels.__version__}, {name}")
