@@ -22,6 +22,7 @@ from lpaf_kernels import (
     zero_pruned_,
 )
 
+from ..factorize.svd import balance
 from ..models.targets import encoder_linears
 from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
@@ -73,10 +74,7 @@ class ImportancePruner:
         linears = encoder_linears(model)
         products = weighted_svd([linear.weight.detach() for linear in linears.values()], self.rank)
         for (name, linear), a, b in zip(linears.items(), *products, strict=True):
-            roots = a.norm(dim=0).sqrt()
-            safe = torch.where(roots > 0, roots, 1.0)
-            factors = (a / safe, b * roots[:, None])
-            module = LowRankPlusSparseLinear.from_linear(linear, self.rank, factors)
+            module = LowRankPlusSparseLinear.from_linear(linear, self.rank, balance(a, b))
             # Buffers, so that checkpoints hold them.
             module.register_buffer("importance", linear.weight.new_zeros(linear.out_features, dtype=torch.float32))
             if self.beta2 is not None:
