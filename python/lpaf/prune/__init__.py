@@ -4,9 +4,10 @@ A recipe drives a pruner in this order:
 
 1. ``look_around(surroundings)``, if it ``looks_back``: the :class:`Surroundings` of the model.
 2. ``attach(model)`` puts in place what pruning needs.
-3. If it ``trains``: for number = 1 ... ``rounds`` a training stage, then ``end_round(model, number)``; then a last
-   training stage. Each stage has ``callback(steps)`` of its own, a Trainer callback. What the callback sets as
-   ``progress`` is logged; its ``terms``, if it has any, are added to the loss (see ``retrain.trainer.Term``).
+3. If it ``trains``: for number = 1 ... ``rounds`` a training stage, ``tensors = end_round(model, number)`` and
+   ``next_round(model, tensors)``; then a last training stage. Each stage has ``callback(steps)`` of its own, a Trainer
+   callback. What the callback sets as ``progress`` is logged; its ``terms``, if it has any, are added to the loss (see
+   ``retrain.trainer.Term``).
 4. ``detach(model)`` zeroes what is pruned, puts final layers in, and returns the scores by which the factorisation may
    weight the rows: name -> [out, in] (or [out]) float32.
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from lpaf_kernels import KeepThreshold, set_thresholds
+
 from .magnitude import mask_smallest, unmask
-from .masks import add_masks, kept_share, masked_linears
+from .masks import add_masks, kept_share, masked_linears, refuse_nan_thresholds
 from .pruner import Pruner, Surroundings
 from .schedule import CubicSchedule, check_scope, refuse_nan
 
@@ -55,9 +57,19 @@ class LotteryTicketPruner(Pruner):
         """Share of weights kept after round ``number``, from 1."""
         return self.keep if number == self.rounds else self.keep ** (number / self.rounds)
 
-    def end_round(self, model: nn.Module, number: int) -> None:
-        """Mask the smallest of the weights that are left, and rewind."""
+    def end_round(self, model: nn.Module, number: int) -> dict[str, torch.Tensor]:
+        """Mask the smallest of the weights that are left; returns the masks: name -> bool [out, in]."""
         mask_smallest(model, self.share(number), self.scope, nested=True)
+        refuse_nan_thresholds(model)
+        return {name: module.mask() for name, module in masked_linears(model)}
+
+    @torch.no_grad()
+    def next_round(self, model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+        """Put the masks in place that the round before left, and rewind."""
+        for name, module in masked_linears(model):
+            module.scores.copy_(masks[name])
+            half = KeepThreshold(torch.full_like(module.threshold_value, 0.5), module.threshold_tie_index)
+            set_thresholds([module], [half])
         self.rewind(model)
 
     def callback(self, steps: int) -> TicketCallback:

@@ -35,7 +35,8 @@ class Pruner:
         learned_scores: an optimizer moves the scores, at a rate of their own.
         looks_back: needs :meth:`look_around` before it is attached.
         distill: the weight of logit distillation that belongs to the method, whatever the recipe's.
-        rounds: training stages before the last one; each ends with ``end_round(model, number)``, number from 1.
+        rounds: training stages before the last one. Each ends with ``end_round(model, number)``, number from 1, which
+            returns tensors that a resumed run may have in its place; the next begins with ``next_round(model, tensors)``.
     """
 
     trains: bool = True

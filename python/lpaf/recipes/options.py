@@ -11,6 +11,10 @@ from ..errors import InputError
 from ..factorize import WEIGHTINGS
 
 
+#: values of --pruner: names in lpaf.prune.PRUNERS
+PRUNER_CHOICES = ("movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
+
+
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """A dataclass field with what the command line needs to show it."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group, **extra})
@@ -82,8 +86,28 @@ class CompressOptions:
 
     keep: float = option(0.5, "share of weights that pruning keeps", "method", metavar="V")
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
-    score_init: float = option(
-        4.0, "scores start at X times |W| / mean |W|; 0 starts them at zero, as the paper does", "method", metavar="X"
+    pruner: str | None = option(
+        None,
+        "how --method lpaf prunes: movement (default), soft-movement, cap (movement with contrastive losses), magnitude "
+        "(once, without training), gradual-magnitude, lottery-ticket",
+        "method",
+        choices=PRUNER_CHOICES,
+    )
+    score_init: float | None = option(
+        None,
+        "scores start at X times |W| / mean |W|; 0 starts them at zero, as the papers do (default: 4 for movement and "
+        "cap, 0 for soft-movement)",
+        "method",
+        metavar="X",
+    )
+    threshold: float = option(0.1, "soft-movement keeps where sigmoid(score) is above X", "method", metavar="X")
+    penalty: float = option(
+        100.0, "soft-movement: weight of the mean sigmoid(score); more prunes more", "method", metavar="X"
+    )
+    contrastive: float = option(0.1, "cap: weight of each contrastive loss", "method", metavar="X")
+    prune_interval: int = option(10, "gradual-magnitude: updates between selections", "method", metavar="N")
+    rounds: int = option(
+        3, "lottery-ticket prunes and rewinds N times, and trains --prune-epochs N + 1 times", "method", metavar="N"
     )
     hard_pruning: bool = option(
         False,
@@ -120,11 +144,12 @@ class CompressOptions:
             if not getattr(self, name):
                 raise InputError(f"{flag(name)}: is required")
         positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
+        positive += ("prune_interval", "rounds")
         for name in (*positive, "retrain_epochs", "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{flag(name)} {value:g}: must be above 0")
-        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init"):
+        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init", "penalty", "contrastive"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
@@ -136,9 +161,13 @@ class CompressOptions:
                 raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
+        if not 0.0 < self.threshold < 1.0:
+            raise InputError(f"--threshold {self.threshold:g}: must be in (0, 1)")
         if self.hard_pruning:
             if not self.prune:
                 raise InputError("--hard-pruning: needs pruning; leave out --no-prune")
+            if self.pruner not in (None, "movement"):
+                raise InputError(f"--hard-pruning: is for movement pruning, not for --pruner {self.pruner}")
             for field in dataclasses.fields(self):
                 if field.name in ("score_init", "score_lr") and getattr(self, field.name) != field.default:
                     raise InputError(f"{flag(field.name)}: is for learned scores, which --hard-pruning does not have")
@@ -152,7 +181,7 @@ class CompressOptions:
             )
         for field in dataclasses.fields(self):
             choices = field.metadata.get("choices")
-            if choices and getattr(self, field.name) not in choices:
+            if choices and getattr(self, field.name) not in (field.default, *choices):
                 raise InputError(
                     f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
                 )
@@ -197,7 +226,13 @@ PRUNE_OPTIONS = (
     "temperature",
     "keep",
     "scope",
+    "pruner",
     "score_init",
+    "threshold",
+    "penalty",
+    "contrastive",
+    "prune_interval",
+    "rounds",
     "hard_pruning",
     "prune_warmup",
     "prune_cooldown",
@@ -207,7 +242,8 @@ PRUNE_OPTIONS = (
 INDEPENDENT = {
     "finetune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
     "teacher": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS),
+    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "round": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
 }
 
 

@@ -50,7 +50,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class Collator:
-    """Pads a list of tokenised examples to the longest and stacks labels and teacher logits.
+    """Pads a list of tokenised examples to the longest and stacks labels, teacher logits and indices.
 
     Args:
         tokenizer: pads ``input_ids`` and its companions.
@@ -66,6 +66,8 @@ class Collator:
         if "labels" in examples[0]:
             dtype = torch.float32 if self.problem == "regression" else torch.int64
             batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)
+        if "index" in examples[0]:
+            batch["index"] = torch.tensor([row["index"] for row in examples])
         if "teacher_logits" in examples[0]:
             rows = [torch.as_tensor(row["teacher_logits"], dtype=torch.float32) for row in examples]
             batch["teacher_logits"] = torch.stack(rows)
