@@ -36,6 +36,8 @@ from ..factorize import (
 )
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import AUTO, encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.targets import encoder_linears
+from ..models.truncate import truncate
 from ..prune import PRUNERS
 from ..report.write import write_report
 from ..retrain import RETRAINERS
@@ -79,6 +81,7 @@ class Compression:
         self.validation = {
             name: tokenize(split, tokenizer, spec, length, data.labels) for name, split in data.validation.items()
         }
+        self.distill = options.distill if prepared.method.distill else 0.0
         self.mixed_rank_p = options.mixed_rank_p
         self.seconds: dict[str, float] = {}
         self.details: dict[str, dict[str, dict[str, float]]] = {}
@@ -199,7 +202,7 @@ class Compression:
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
         """The training set with the dense model's logits as a column; each example is run once."""
-        if self.options.distill == 0:
+        if self.distill == 0:
             return self.train
 
         def work() -> Tensors:
@@ -226,7 +229,7 @@ class Compression:
             )
             pruner.attach(model)
             train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)
-            objective = self.objective(distill=options.distill)
+            objective = self.objective(distill=self.distill)
             callback = pruner.callback(train.updates(len(train_set)))
             self.run_stage("prune", model, train_set, objective, train, callbacks=[callback])
             scores = pruner.detach(model)
@@ -272,6 +275,13 @@ class Compression:
         self.evaluate(stage, model)
         return factorized
 
+    def truncate(self, model: nn.Module, stage: str) -> tuple[nn.Module, Factorized]:
+        """The first layers of ``model``, in whose matrices there is no error."""
+        student = truncate(model, self.prepared.layers)
+        weights = {name: linear.weight.detach().clone() for name, linear in encoder_linears(student).items()}
+        self.evaluate(stage, student)
+        return student, Factorized(dict.fromkeys(weights, 0.0), weights)
+
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
         """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
@@ -279,7 +289,7 @@ class Compression:
         if method.pruner is None:
             epochs += options.prune_epochs  # methods without pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
-        objective = self.objective(distill=options.distill, consistency=1.0 if method.consistency else 0.0)
+        objective = self.objective(distill=self.distill, consistency=1.0 if method.consistency else 0.0)
         settings = {"p_init": self.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
         retrainer = RETRAINERS[method.retrainer](**settings)
         retrainer.attach(model, factorized.weights)
@@ -308,10 +318,12 @@ class Compression:
             embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
             nn.ModuleList(embeddings).requires_grad_(False)
         scores = self.prune(sparse, train_set)
-        ranks = self.ranks(sparse, scores)
-        if self.mixed_rank_p is None:
-            ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
-            self.mixed_rank_p = default_mixed_rank_p(ratio)
+        ranks = None
+        if self.prepared.layers is None:
+            ranks = self.ranks(sparse, scores)
+            if self.mixed_rank_p is None:
+                ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
+                self.mixed_rank_p = default_mixed_rank_p(ratio)
         model, factorized = self.shrink(sparse, scores, train_set, ranks)
         others = {
             name: self.shrink(sparse, scores, train_set, rank, suffix=f"-{name}")[0]
@@ -326,12 +338,16 @@ class Compression:
         sparse: nn.Module,
         scores: dict[str, torch.Tensor] | None,
         train_set: Dataset,
-        rank: int | Mapping[str, int],
+        rank: int | Mapping[str, int] | None,
         suffix: str = "",
     ) -> tuple[nn.Module, Factorized]:
-        """Factorise a copy of ``sparse`` at ``rank`` and retrain it; ``suffix`` tells its records apart."""
-        model = copy.deepcopy(sparse)
-        factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
+        """Factorise a copy of ``sparse`` at ``rank``, or leave out layers of it (None), and retrain it; ``suffix``
+        tells its records apart."""
+        if rank is None:
+            model, factorized = self.truncate(sparse, stage=f"factorized{suffix}")
+        else:
+            model = copy.deepcopy(sparse)
+            factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
         self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
         self.evaluate(f"compressed{suffix}", model)
         return model.eval(), factorized
@@ -340,7 +356,10 @@ class Compression:
         """Write the output directory beside its place, then rename it there."""
         staged = self.workspace.directory / "output"
         shutil.rmtree(staged, ignore_errors=True)
-        save_compressed(model, self.prepared.tokenizer, staged, self.prepared.method.name)
+        if self.prepared.layers is None:
+            save_compressed(model, self.prepared.tokenizer, staged, self.prepared.method.name)
+        else:
+            save_model(model, self.prepared.tokenizer, staged)
         report["file_bytes"]["compressed"] = (staged / "model.safetensors").stat().st_size
         write_report(staged, report, analysis)
         self.workspace.publish(staged)

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer, resolve_model
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
+from ..models.truncate import layers_for_ratio
 from .methods import Method, get_method
 from .options import CompressOptions
 from .workspace import check_output
@@ -25,7 +26,7 @@ class Prepared:
     """A validated run: nothing has been written yet.
 
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
-    they share, or by the error asked for.
+    they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps.
     """
 
     options: CompressOptions
@@ -35,6 +36,7 @@ class Prepared:
     model: nn.Module
     rank: int | None
     budget: int | None
+    layers: int | None
     finetune_epochs: float
     device: str
 
@@ -77,8 +79,12 @@ def prepare(options: CompressOptions) -> Prepared:
         data = in_order_of_head(data, config, options)
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
-    rank = budget = None
-    if options.rank == AUTO:
+    rank = budget = layers = None
+    if method.factorizer is None:
+        if options.ratio is None or options.rank is not None:
+            raise InputError(f"--method {method.name}: leaves layers out; pass --ratio R, the share of them to keep")
+        layers = layers_for_ratio(model, options.ratio)
+    elif options.rank == AUTO:
         budget = resolve_budget(shapes, options.ratio, options.force)
     elif options.rank_error is None:
         rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
@@ -98,6 +104,7 @@ def prepare(options: CompressOptions) -> Prepared:
         model=model,
         rank=rank,
         budget=budget,
+        layers=layers,
         finetune_epochs=epochs,
         device=device,
     )
