@@ -1,10 +1,11 @@
 """CAP: movement pruning that also learns by contrast (Xu et al., 2022, sections 3.2 to 3.5).
 
-A sentence's representation is the last hidden state of its first token ([CLS]), L2-normalised; the pooled output would
-do for BERT alone, and a pre-trained pooler has learnt another task. Banks hold the representations of the whole
-training set from the pre-trained model, from the fine-tuned model, and from snapshots of the model under pruning: one at
-the start of every epoch but the first, in eval mode. For each of the three there is one loss: the representation of an
-example under pruning is pulled towards its own in the bank (unsupervised), and towards those of its label (supervised).
+A sentence's representation is the last hidden state of its first token ([CLS]), L2-normalised: every encoder has it,
+where a pooler is BERT's alone. Banks hold the representations of the whole training set from the pre-trained model,
+from the fine-tuned model, and from snapshots of the model under pruning: one at the start of every epoch but the first,
+in eval mode. For each of the three there is one loss: the representation of an example under pruning is pulled towards
+its own in the bank (unsupervised), and towards those of its label (supervised; a regression has no labels, and so not
+this term).
 """
 
 from __future__ import annotations

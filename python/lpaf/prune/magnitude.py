@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from lpaf_kernels import set_thresholds, zero_pruned_
 
 from ..models.targets import encoder_linears
-from .masks import add_masks, masked_linears, refuse_nan_thresholds, remove_masks
+from .masks import add_masks, masked_linears, remove_masks
 from .pruner import Pruner
 from .schedule import CubicSchedule, check_scope, refuse_nan, select
 

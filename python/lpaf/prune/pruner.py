@@ -36,7 +36,8 @@ class Pruner:
         looks_back: needs :meth:`look_around` before it is attached.
         distill: the weight of logit distillation that belongs to the method, whatever the recipe's.
         rounds: training stages before the last one. Each ends with ``end_round(model, number)``, number from 1, which
-            returns tensors that a resumed run may have in its place; the next begins with ``next_round(model, tensors)``.
+            returns tensors; the next begins with ``next_round(model, tensors)``, in a resumed run perhaps with those
+            that were stored.
     """
 
     trains: bool = True

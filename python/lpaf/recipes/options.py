@@ -10,7 +10,6 @@ from typing import Any
 from ..errors import InputError
 from ..factorize import WEIGHTINGS
 
-
 #: values of --pruner: names in lpaf.prune.PRUNERS
 PRUNER_CHOICES = ("movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
 

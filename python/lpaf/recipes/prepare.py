@@ -16,6 +16,7 @@ from ..models.checkpoint import is_compressed, load_config, load_dense, load_tok
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
+from ..prune import PRUNERS
 from .methods import Method, get_method
 from .options import CompressOptions
 from .workspace import check_output
@@ -96,6 +97,7 @@ def prepare(options: CompressOptions) -> Prepared:
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
             "model, or leave the option out"
         )
+    check_pruner_task(method, data, epochs)
     return Prepared(
         options=options,
         method=method,
@@ -108,6 +110,19 @@ def prepare(options: CompressOptions) -> Prepared:
         finetune_epochs=epochs,
         device=device,
     )
+
+
+def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float) -> None:
+    """InputError where the pruner cannot do its work on this task or from this model."""
+    if method.pruner is None:
+        return
+    if method.pruner == "cap" and data.spec.problem not in ("classification", "regression"):
+        raise InputError("--pruner cap: contrasts sentences; pass a task with one label or score for each example")
+    if PRUNERS[method.pruner].looks_back and finetune_epochs == 0:
+        raise InputError(
+            f"--pruner {method.pruner}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass the "
+            "pre-trained model, or --finetune-epochs to fine-tune this one"
+        )
 
 
 def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:

@@ -12,6 +12,7 @@ from ..factorize import Factorized
 from ..models.count import encoder_params, forward_macs, total_params, weight_bytes
 from ..models.targets import encoder_linears
 from .measure import latency_record, rank_record, versions
+from .pruning import score_init, takes
 
 if TYPE_CHECKING:
     from .compress import Compression
@@ -24,11 +25,12 @@ def run_record(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures."""
     options, prepared = run.options, run.prepared
+    pruner = prepared.method.pruner
     before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
     models = {"dense": dense, "compressed": model, **controls}
     with run.timed("measure"):
         times = latency_record(models, options.bench_batch, options.bench_length)
-        ranks, analysis = rank_record(before, factorized, model, pruned=prepared.method.pruner is not None)
+        ranks, analysis = rank_record(before, factorized, model, pruned=pruner is not None)
     analysis |= {f"scores.{name}": scores for name, scores in run.examples.items()}
     dense_params, compressed_params = encoder_params(dense), encoder_params(model)
     length = options.bench_length
@@ -74,8 +76,9 @@ def run_record(
         "config": options.to_dict()
         | {
             "rank": options.rank if prepared.rank is None else prepared.rank,
-            "keep": options.keep if prepared.method.pruner else None,
-            "score_init": options.score_init if prepared.method.pruner == "movement" else None,
+            "pruner": pruner,
+            "keep": options.keep if pruner and takes(pruner, "keep") else None,
+            "score_init": score_init(pruner, options),
             "mixed_rank_p": run.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
             "finetune_epochs": prepared.finetune_epochs,
             "weighting": prepared.method.weighting,
