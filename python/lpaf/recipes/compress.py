@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
@@ -44,7 +44,7 @@ from ..prune import PRUNERS, Pruner, Surroundings
 from ..report.write import write_report
 from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
-from ..retrain.trainer import TrainOptions, train_stage
+from ..retrain.trainer import Term, TrainOptions, train_stage
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, prepare, weights_fingerprint
 from .pruning import make_pruner
@@ -148,8 +148,8 @@ class Compression:
         dataset: Dataset,
         objective: Objective,
         train: TrainOptions,
-        callbacks=None,
-        terms=(),
+        callbacks: list[TrainerCallback],
+        terms: Sequence[Term] = (),
     ) -> None:
         """Train one stage from its start or from its last checkpoint."""
         set_seed(train.seed)
@@ -208,7 +208,7 @@ class Compression:
             epochs = self.prepared.finetune_epochs
             if epochs > 0:
                 train = self.train_options(epochs, self.options.finetune_lr, offset=0)
-                self.run_stage("finetune", model, self.train, self.objective(), train)
+                self.run_stage("finetune", model, self.train, self.objective(), train, callbacks=[])
             self.evaluate("dense", model)
             return _cloned_state(model)
 

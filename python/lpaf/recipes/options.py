@@ -87,8 +87,8 @@ class CompressOptions:
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
     pruner: str | None = option(
         None,
-        "how --method lpaf prunes: movement (default), soft-movement, cap (movement with contrastive losses), magnitude "
-        "(once, without training), gradual-magnitude, lottery-ticket",
+        "how --method lpaf prunes: movement (default), soft-movement, cap (movement with contrastive losses), "
+        "magnitude (once, without training), gradual-magnitude, lottery-ticket",
         "method",
         choices=PRUNER_CHOICES,
     )

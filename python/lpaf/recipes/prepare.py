@@ -120,8 +120,8 @@ def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float) ->
         raise InputError("--pruner cap: contrasts sentences; pass a task with one label or score for each example")
     if PRUNERS[method.pruner].looks_back and finetune_epochs == 0:
         raise InputError(
-            f"--pruner {method.pruner}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass the "
-            "pre-trained model, or --finetune-epochs to fine-tune this one"
+            f"--pruner {method.pruner}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass "
+            "the pre-trained model, or --finetune-epochs to fine-tune this one"
         )
 
 

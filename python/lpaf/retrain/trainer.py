@@ -22,9 +22,9 @@ from .objective import Objective
 
 COMPLETE = "complete"
 
-#: (model, outputs, batch) -> {name: 0-d loss}, each added to the loss and logged by its name. The model may be wrapped for
-#: many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, each example's place in the
-#: stage's dataset.
+#: (model, outputs, batch) -> {name: 0-d loss}, each added to the loss and logged by its name. The model may be wrapped
+#: for many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, each example's place
+#: in the stage's dataset.
 Term = Callable[[nn.Module, Any, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
