@@ -23,8 +23,8 @@ from .objective import Objective
 COMPLETE = "complete"
 
 #: (model, outputs, batch) -> {name: 0-d loss}, each added to the loss and logged by its name. The model may be wrapped
-#: for many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, each example's place
-#: in the stage's dataset.
+#: for many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, the place of each
+#: example in the stage's dataset.
 Term = Callable[[nn.Module, Any, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
