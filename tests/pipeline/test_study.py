@@ -155,6 +155,7 @@ def test_interrupted_study_goes_on_where_it_stopped(done, tmp_path, monkeypatch)
     assert [run["compressed.test"] for run in finished["runs"]] == [run["compressed.test"] for run in expected]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(done, tmp_path):
     result, _, changes = done
     path = written(tmp_path / "tiny.toml", FILE, ("[0, 1]", "[0]"), ("[2, 4]", "[4]"))
