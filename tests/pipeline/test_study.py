@@ -221,6 +221,22 @@ def test_bad_files_are_one_clear_error(tmp_path, change, message):
         read_study(written(tmp_path / "s.toml", FILE, change), changes)
 
 
+def test_a_file_extends_another(tmp_path):
+    (tmp_path / "below").mkdir()
+    written(tmp_path / "base.toml")
+    path = tmp_path / "below" / "more.toml"
+    path.write_text(
+        'extends = "../base.toml"\ntitle = "More"\n[options]\nmax_length = 8\n[methods.kd]\nmethod = "svd"\n'
+    )
+    file, base = read_study(path, {"model": "m"}), read_study(tmp_path / "base.toml", {"model": "m"})
+    assert (file.title, file.against) == ("More", "svd")
+    assert file.options == base.options | {"max_length": 8}
+    assert list(file.methods) == ["lpaf", "svd", "kd"]
+    path.write_text('extends = "more.toml"')
+    with pytest.raises(InputError, match="extends itself"):
+        read_study(path)
+
+
 def test_missing_model_is_named(tmp_path, capsys):
     path = written(tmp_path / "s.toml")
     assert main(["study", str(path), "--output", str(tmp_path / "out")]) == 2

@@ -2,6 +2,7 @@
 
 The file is TOML::
 
+    extends = "sst2.toml"              # sections of another file, which this one's entries go before
     title = "LPAF against fine-tuned SVD"
     against = "svd"                    # paired tests are against this one
 
@@ -56,7 +57,7 @@ from .workspace import BusyError
 
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
-SECTIONS = ("title", "against", "scored", "keep_models", "options", "grid", "methods", "tune")
+SECTIONS = ("extends", "title", "against", "scored", "keep_models", "options", "grid", "methods", "tune")
 SCORED = ("factorized", "compressed")
 #: options that the study sets itself
 OWN = ("output", "stages", "resume", "overwrite", "save_dense")
@@ -116,12 +117,8 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFil
     Raises:
         InputError: the file cannot be read, or has a section, option or value that means nothing.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"study {path}: cannot be read ({error})") from None
+    content = _content(path)
     where = f"study {path}"
-    _known(where, content, SECTIONS)
     for name in ("options", "grid", "methods", "tune"):
         if not isinstance(content.setdefault(name, {}), dict):
             raise InputError(f"{where}: [{name}] is not a table")
@@ -166,6 +163,25 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFil
     for label, cell, tuned in itertools.product(study.methods, study.cells(), study.candidates()):
         _options(study.settings(label, cell, study.seeds[0], tuned), Path("unwritten"), Path("unwritten"), where)
     return study
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's sections over those of the file that it extends."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"study {path}: cannot be read ({error})") from None
+    _known(f"study {path}", content, SECTIONS)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if path.resolve() in above:
+        raise InputError(f"study {path}: extends itself; leave out one extends")
+    merged = _content(path.parent / str(base), (*above, path.resolve()))
+    for name, value in content.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merged[name] | value if both else value
+    return merged
 
 
 def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
