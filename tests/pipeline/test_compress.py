@@ -415,6 +415,25 @@ def test_killed_run_resumes_to_the_same_weights(undisturbed, tmp_path, stage):
     assert not work.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pruner", "stages"), [("lottery-ticket", ["round-1", "round-2", "prune"]), ("cap", ["prune"])]
+)
+def test_killed_pruning_resumes_to_the_same_weights(undisturbed, tmp_path, pruner, stages):
+    options = undisturbed[0] | {"pruner": pruner, "prune_epochs": 2}
+    if pruner == "lottery-ticket":
+        options |= {"rounds": 2}
+    subprocess.run(command_line(options | {"output": tmp_path / "whole"}), check=True, capture_output=True)
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    words = command_line(options | {"output": tmp_path / "out"})
+    for again, stage in enumerate(stages):
+        kill_in(stage, [*words, *(["--resume"] if again else [])], tmp_path / ".out.lpaf-work", tmp_path)
+    resumed = subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 def test_resume_with_other_options_is_refused(tiny_options, tmp_path, capsys):
     options = CompressOptions(**tiny_options)
     Compression(prepare(options), "").finetune()
