@@ -17,7 +17,8 @@ from lpaf.retrain.objective import Objective
 from lpaf.retrain.trainer import TrainOptions, train_stage
 from tiny import sentences
 
-HIDDEN = 64
+#: wide enough for a tenth of a row, kept anywhere, to leave the rank nearly full
+HIDDEN = 96
 SHARES = (0.5, 0.25, 0.1)
 
 
