@@ -67,7 +67,7 @@ class Task:
             model, pruner = copy.deepcopy(self.dense), make_pruner(share)
             pruner.attach(model)
             if pruner.trains:
-                self.fit(model, epochs=8, pruner=pruner)
+                self.fit(model, epochs=12, pruner=pruner)
             pruner.detach(model)
             assert not pruner.trains or self.accuracy(model) > 0.95
             found.append(mean_rank(model))
@@ -78,11 +78,10 @@ class Task:
 def test_first_order_pruning_lowers_the_rank_and_magnitude_does_not(tiny_model, tmp_path, seed):
     task = Task(AutoTokenizer.from_pretrained(tiny_model), tmp_path, seed)
     assert task.accuracy(task.dense) > 0.95
-    dense = mean_rank(task.dense)
-    assert dense == HIDDEN
+    assert mean_rank(task.dense) > 0.99 * HIDDEN
     # As in the papers: scores start at zero. From the weights' magnitude they keep what magnitude keeps.
     half, quarter, tenth = task.ranks(lambda share: MovementPruner(share, score_init=0.0))
-    assert dense > half > quarter > tenth
-    assert tenth < 0.8 * dense
+    assert half > quarter > tenth
+    assert tenth < 0.8 * HIDDEN
     for rank in task.ranks(MagnitudePruner):
-        assert rank > 0.95 * dense
+        assert rank > 0.95 * HIDDEN
