@@ -420,7 +420,7 @@ def test_killed_run_resumes_to_the_same_weights(undisturbed, tmp_path, stage):
     ("pruner", "stages"), [("lottery-ticket", ["round-1", "round-2", "prune"]), ("cap", ["prune"])]
 )
 def test_killed_pruning_resumes_to_the_same_weights(undisturbed, tmp_path, pruner, stages):
-    options = undisturbed[0] | {"pruner": pruner, "prune_epochs": 2}
+    options = undisturbed[0] | {"pruner": pruner, "prune_epochs": 2, "retrain_epochs": 0.1}
     if pruner == "lottery-ticket":
         options |= {"rounds": 2}
     subprocess.run(command_line(options | {"output": tmp_path / "whole"}), check=True, capture_output=True)

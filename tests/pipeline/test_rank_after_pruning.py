@@ -18,7 +18,7 @@ from lpaf.retrain.trainer import TrainOptions, train_stage
 from tiny import sentences
 
 #: wide enough for a tenth of a row, kept anywhere, to leave the rank nearly full
-HIDDEN = 96
+HIDDEN = 80
 SHARES = (0.5, 0.25, 0.1)
 
 
@@ -67,7 +67,7 @@ class Task:
             model, pruner = copy.deepcopy(self.dense), make_pruner(share)
             pruner.attach(model)
             if pruner.trains:
-                self.fit(model, epochs=12, pruner=pruner)
+                self.fit(model, epochs=8, pruner=pruner)
             pruner.detach(model)
             assert not pruner.trains or self.accuracy(model) > 0.95
             found.append(mean_rank(model))
