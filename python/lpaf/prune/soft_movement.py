@@ -115,7 +115,7 @@ class SoftPruningCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         # Under Adam a score moves by about its learning rate a step, from 0 down to logit(tau).
         travel, needed = rate_sum(lr_scheduler, state.max_steps), -logit(self.pruner.threshold)
-        if state.global_step == 0 and travel < needed:
+        if state.global_step == 0 and state.is_world_process_zero and travel < needed:
             print(
                 f"soft-movement: the scores' learning rates sum to {travel:.2g} over {state.max_steps} updates, and "
                 f"scores must fall by about {needed:.2g} before anything is pruned; train longer, or pass a larger "
