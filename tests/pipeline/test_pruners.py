@@ -33,7 +33,7 @@ from lpaf.prune.soft_movement import mean_sigmoid, rate_sum
 from lpaf.recipes.compress import Compression, compress
 from lpaf.recipes.options import PRUNER_CHOICES, CompressOptions
 from lpaf.recipes.prepare import prepare
-from lpaf.retrain.trainer import ProgressBar
+from lpaf.retrain.trainer import ProgressBar, train_stage
 from lpaf_kernels import keep_threshold
 from tiny import sentences, write_model, write_rows
 
@@ -450,6 +450,28 @@ class TestContrastive:
             ContrastivePruner(0.5, temperature=0)
 
 
+def test_terms_see_batch_and_outputs_and_are_added_and_logged(tiny_options, tmp_path):
+    run = Compression(prepare(CompressOptions(**tiny_options | {"checkpoint_steps": 0})), "")
+    model, seen = run.prepared.model, []
+
+    def term(model, outputs, batch):
+        rows = run.train[batch["index"].tolist()]
+        assert batch["labels"].tolist() == rows["labels"]
+        assert batch["attention_mask"].sum(1).tolist() == rows["length"]
+        assert outputs.hidden_states[-1].shape[:2] == batch["input_ids"].shape
+        seen.extend(batch["index"].tolist())
+        return {"three": outputs.logits.new_tensor(3.0), "norm": 0.5 * model.classifier.weight.square().sum()}
+
+    before = model.classifier.weight.square().sum().item()
+    objective, options = run.objective(), run.train_options(1, 1e-9, 0)
+    arguments = (model, run.prepared.tokenizer, run.train, objective, options, tmp_path / "stage")
+    history = train_stage("terms", *arguments, terms=[term])
+    assert sorted(seen) == list(range(len(run.train)))
+    assert all(entry["three"] == 3.0 for entry in history)
+    assert history[0]["norm"] == pytest.approx(0.5 * before, rel=1e-3)
+    assert history[0]["loss"] == pytest.approx(history[0]["task"] + 3.0 + 0.5 * before, rel=1e-3)
+
+
 # the recipe ----------------------------------------------------------------------------------------------------------
 
 PRUNED = {
@@ -529,12 +551,12 @@ def test_every_round_of_a_lottery_ticket_starts_from_the_pretrained_weights(tiny
     run = Compression(prepare(CompressOptions(**options)), "")
     pretrained = {name: part.clone() for name, part in run.prepared.model.state_dict().items()}
     starts = []
-    train_stage = Compression.run_stage
+    run_stage = Compression.run_stage
 
     def watch(self, stage, model, *args, **kwargs):
         if stage != "finetune":
             starts.append((stage, copy.deepcopy(model)))
-        train_stage(self, stage, model, *args, **kwargs)
+        run_stage(self, stage, model, *args, **kwargs)
 
     monkeypatch.setattr(Compression, "run_stage", watch)
     dense = run.finetune()
