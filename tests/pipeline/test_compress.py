@@ -416,6 +416,7 @@ def test_killed_run_resumes_to_the_same_weights(undisturbed, tmp_path, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six runs one after the other
 @pytest.mark.parametrize(
     ("pruner", "stages"), [("lottery-ticket", ["round-1", "round-2", "prune"]), ("cap", ["prune"])]
 )
