@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import TrainingDivergedError
+from ..models.outputs import task_logits
 from .batches import Collator, LengthGroupedSampler
 from .objective import Objective
 
@@ -108,7 +109,8 @@ class StageTrainer(Trainer):
         if self.objective.passes == 2:
             inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
         outputs = model(**inputs)
-        loss, parts = self.objective(outputs.logits, labels, teacher)
+        logits = task_logits(outputs, inputs.get("attention_mask"))
+        loss, parts = self.objective(logits, labels, teacher)
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part)
         return (loss, outputs) if return_outputs else loss
