@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,14 @@ def read_questions(path: Path, argument: str, spec: TaskSpec) -> Dataset:
         raise InputError(f"{argument} {path}: csv cannot hold answers; pass a .json, .jsonl or .parquet file")
     content: dict[str, list[Any]] = {name: [] for name in FEATURES}
     seen: set[str] = set()
-    place = ""
-    try:
-        for place, question in _questions(path, argument):
-            checked = _checked(question, spec, number=len(seen))
-            if checked["id"] in seen:
-                raise _BadQuestion(f"id {checked['id']!r} occurs twice", "rename one of the two")
-            seen.add(checked["id"])
-            for name, value in checked.items():
-                content[name].append(value)
-    except _BadQuestion as error:
-        raise InputError(f"{argument} {path}: {place}: {error}") from None
+    for place, question in _questions(path, argument):
+        try:
+            checked = _checked(question, spec, seen)
+        except _BadQuestion as error:
+            raise InputError(f"{argument} {path}: {place}: {error}") from None
+        seen.add(checked["id"])
+        for name, value in checked.items():
+            content[name].append(value)
     if not seen:
         raise InputError(f"{argument} {path}: has no questions; pass a file with at least one")
     return Dataset.from_dict(content, features=FEATURES)
@@ -96,14 +93,16 @@ def _objects(parent: Mapping[str, Any], key: str, place: str, name: str) -> Iter
         yield f"{place}, {name} {number}", item if isinstance(item, dict) else {}
 
 
-def _checked(question: Mapping[str, Any], spec: TaskSpec, number: int) -> dict[str, Any]:
-    """The question with ``FEATURES``; without an id it gets its number."""
+def _checked(question: Mapping[str, Any], spec: TaskSpec, seen: Set[str]) -> dict[str, Any]:
+    """The question with ``FEATURES``; without an id it gets its number. ``seen`` are the ids before it."""
     texts = {name: _text(question.get(name), name) for name in ("question", "context")}
     if not texts["context"].strip():
         raise _BadQuestion("'context' is empty")
-    identity = question.get("id", number)
+    identity = question.get("id", len(seen))
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise _BadQuestion(f"'id' is a {type(identity).__name__}, expected text")
+    if str(identity) in seen:
+        raise _BadQuestion(f"id {str(identity)!r} occurs twice", "rename one of the two")
     answers = [_answer(text, start, texts["context"]) for text, start in _pairs(question.get("answers"))]
     impossible = question.get("is_impossible")
     if isinstance(impossible, bool) and impossible != (not answers):
