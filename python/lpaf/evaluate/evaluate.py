@@ -56,6 +56,7 @@ def evaluate_directory(
     if predictions and not Path(predictions).resolve().parent.is_dir():
         raise InputError(f"--predictions {predictions}: its folder does not exist")
     spec = get_task(task)
+    length = spec.max_length if max_length is None else max_length
     given = {"doc_stride": doc_stride, "n_best": n_best, "max_answer_length": max_answer_length}
     spans = span_options(spec, given | {"null_threshold": null_threshold})
     data = load_task(spec, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
@@ -66,7 +67,7 @@ def evaluate_directory(
     loaded.to(target)
     metrics, lines = {}, []
     for name, split in data.validation.items():
-        encoded = tokenize(split, tokenizer, spec, max_length or spec.max_length, data.labels, spans=spans)
+        encoded = tokenize(split, tokenizer, spec, length, data.labels, spans=spans)
         outputs, labels = task_outputs(loaded, spec, split, encoded, tokenizer, spans, batch_size)
         metrics[name] = compute_metrics(spec, outputs, labels)
         for index, row in enumerate(prediction_rows(spec, split, outputs, labels)):
