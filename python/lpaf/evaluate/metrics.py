@@ -179,7 +179,7 @@ def paired_t(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
     return _paired_t(-((a - labels) ** 2), -((b - labels) ** 2))
 
 
-def compare_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
+def paired_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Whether two models differ by their ``example_scores`` [B] on the same examples.
 
     McNemar's test where every score is 0 or 1 (right or wrong), else the paired t-test.
@@ -192,8 +192,8 @@ def compare_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
 
 
 def paired_test(spec: TaskSpec, a: Any, b: Any, labels: Any) -> PairedTest:
-    """``compare_scores`` of two models' outputs, which are as for :func:`compute_metrics`."""
-    return compare_scores(example_scores(spec, a, labels), example_scores(spec, b, labels))
+    """``paired_scores`` of two models' outputs, which are as for :func:`compute_metrics`."""
+    return paired_scores(example_scores(spec, a, labels), example_scores(spec, b, labels))
 
 
 def _mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> PairedTest:
