@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -30,7 +31,10 @@ from lpaf.evaluate.answers import best_answers
 from lpaf.evaluate.evaluate import evaluate_directory
 from lpaf.evaluate.metrics import compute_metrics, example_scores, paired_test
 from lpaf.evaluate.predict import predict
-from lpaf.models.checkpoint import load_dense, load_task_model, load_tokenizer
+from lpaf.models.checkpoint import load_dense, load_task_model, load_tokenizer, save_compressed
+from lpaf.models.targets import encoder_linears
+from lpaf.recipes.compress import Compression
+from lpaf_kernels import swap_linears
 from tiny import BAD, FILLER, GOOD, questions, write_model, write_rows
 
 CONTEXT = "The film was made in Rome. The cast is small."
@@ -429,17 +433,31 @@ def test_heads_for_another_problem_are_refused(tmp_path):
         load_task_model(source, "question-answering")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["distilbert", "deberta-v2"])
+def test_compressed_question_answerers_reload(tmp_path, architecture):
+    source = str(write_model(tmp_path / "m", architecture))
+    model = load_dense(source, None, "question-answering")[0].eval()
+    swap_linears(model, rank=4, names=list(encoder_linears(model)))
+    save_compressed(model, load_tokenizer(source), tmp_path / "small", "svd")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "small")
+    ids = torch.randint(5, 20, (2, 7))
+    assert torch.equal(again(input_ids=ids).start_logits, model(input_ids=ids).start_logits)
+    assert torch.equal(again(input_ids=ids).end_logits, model(input_ids=ids).end_logits)
+
+
 # --- the whole pipeline
 
 LEARN = {"finetune_lr": 5e-3, "prune_lr": 2e-3, "retrain_lr": 5e-3, "finetune_epochs": 8, "retrain_epochs": 3}
+SHORT = {"count": 48, "finetune_epochs": 1, "prune_epochs": 1, "retrain_epochs": 1}
 SPANS = {"max_length": 24, "doc_stride": 6, "n_best": 10}
 
 
-def tiny_run(model: Path, folder: Path, task: str, **options):
+def tiny_run(model: Path, folder: Path, task: str, count: int = 160, **options):
     """(model, report, options) of a compression on questions about tiny contexts."""
     share = 0.3 if task == "squad_v2" else 0.0
-    for name, count, seed in (("train", 160, 1), ("validation", 48, 2)):
-        write_rows(folder / "data" / f"{name}.jsonl", questions(count, seed, share))
+    write_rows(folder / "data" / "train.jsonl", questions(count, 1, share))
+    write_rows(folder / "data" / "validation.jsonl", questions(48, 2, share))
     common = {
         "model": str(model), "task": task, "data_dir": str(folder / "data"), "output": str(folder / "out"), "rank": 8,
         "batch_size": 16, "prune_epochs": 2, "checkpoint_steps": 0, "bench_batch": 2, "bench_length": 16,
@@ -540,10 +558,23 @@ def test_unanswerable_questions(tiny_model, tmp_path):
     assert (never["f1_answered"], never["f1_unanswered"]) == (0, 1)
 
 
-def test_truncated_svd(tiny_model, tmp_path):
-    short = {"finetune_epochs": 1, "prune_epochs": 1, "retrain_epochs": 1}
-    _, report, options = tiny_run(tiny_model, tmp_path / "svd", "squad", method="svd", **short)
+@pytest.mark.parametrize("method", ["svd", "kd"])
+def test_other_methods(tiny_model, tmp_path, method):
+    _, report, options = tiny_run(tiny_model, tmp_path, "squad", method=method, **SHORT | {"rank": None, "ratio": 0.5})
     assert evaluated(options)["metrics"] == report["metric"]["details"]["compressed"]
+
+
+def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
+    options = SHORT | {"checkpoint_steps": 5}
+    _, expected, _ = tiny_run(tiny_model, tmp_path, "question-answering", **options)
+    again = options | {"output": str(tmp_path / "again")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Compression, "shrink", None)  # dies after pruning
+        with pytest.raises(TypeError):
+            tiny_run(tiny_model, tmp_path, "question-answering", **again)
+    gc.collect()  # the dead run's lock
+    _, report, _ = tiny_run(tiny_model, tmp_path, "question-answering", **again, resume=True)
+    assert report["metric"]["details"] == expected["metric"]["details"]
 
 
 def test_bad_questions_leave_nothing_behind(tiny_model, tmp_path):
