@@ -124,6 +124,13 @@ CASES = {
     "unknown weighting": ({"--weighting": "fisher"}, ("--weighting", "scores")),
     "unknown device": ({"--device": "tpu"}, ("--device tpu", "cpu or cuda")),
     "text longer than the model": ({"--max-length": "4096"}, ("--max-length 4096", "32")),
+    "window of a classifier": ({"--doc-stride": "4"}, ("--doc-stride", "question answering", "text-classification")),
+    "answers of no length": ({"--task": "squad", "--max-answer-length": "0"}, ("--max-answer-length 0", "at least 1")),
+    "threshold where all have answers": (
+        {"--task": "squad", "--null-threshold": "1"},
+        ("--null-threshold", "squad_v2"),
+    ),
+    "rows without questions": ({"--task": "squad"}, ("--data-dir", "train.jsonl: line 1", "'question' is missing")),
     "unknown option": ({"--colour": "blue"}, ("--colour",)),
     "missing option": ({"--output": None}, ("--output",)),
 }

@@ -26,7 +26,7 @@ from lpaf_kernels import sparsity_statistics
 from ..data import tokenize
 from ..data.task_data import TEST
 from ..evaluate.metrics import compute_metrics, example_scores
-from ..evaluate.predict import predict
+from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
     Factorized,
@@ -64,6 +64,8 @@ class Compression:
     def __init__(self, prepared: Prepared, command: str) -> None:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
+        self.train = self.tokenize(data.train)
+        self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
         #: what decides the weights beside the options
         self.sources = {
             "data": data.fingerprint,
@@ -79,11 +81,6 @@ class Compression:
         )
         kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
         self.stages = StageStore(Path(options.stages) if options.stages else kept)
-        length, tokenizer, spec = options.max_length, prepared.tokenizer, data.spec
-        self.train = tokenize(data.train, tokenizer, spec, length, data.labels)
-        self.validation = {
-            name: tokenize(split, tokenizer, spec, length, data.labels) for name, split in data.validation.items()
-        }
         self.distill = options.distill if prepared.method.distill else 0.0
         pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
         self.prune_distill = self.distill if pruner.distill is None else pruner.distill
@@ -93,6 +90,11 @@ class Compression:
         self.history: dict[str, list[dict[str, float]]] = {}
         #: "stage.split" -> score of every example, float32 [N]
         self.examples: Tensors = {}
+
+    def tokenize(self, examples: Dataset) -> Dataset:
+        """Token ids of a split."""
+        prepared, data = self.prepared, self.prepared.data
+        return tokenize(examples, prepared.tokenizer, data.spec, prepared.max_length, data.labels, spans=prepared.spans)
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -104,24 +106,26 @@ class Compression:
 
     def evaluate(self, stage: str, model: nn.Module) -> dict[str, dict[str, float]]:
         """Metrics of ``model`` on every split that is held out, under ``stage`` in the report."""
-        spec = self.prepared.data.spec
+        prepared, spec = self.prepared, self.prepared.data.spec
         self.details[stage] = {}
         with self.timed("evaluate"):
-            for name, split in self.validation.items():
-                outputs = predict(model, split, self.prepared.tokenizer).numpy()
-                self.details[stage][name] = compute_metrics(spec, outputs, split["labels"])
-                scores = example_scores(spec, outputs, split["labels"])
+            for name, split in prepared.data.validation.items():
+                encoded = self.validation[name]
+                outputs, labels = task_outputs(model, spec, split, encoded, prepared.tokenizer, prepared.spans)
+                self.details[stage][name] = compute_metrics(spec, outputs, labels)
+                scores = example_scores(spec, outputs, labels)
                 self.examples[f"{stage}.{name}"] = torch.from_numpy(scores)
         print(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}", file=sys.stderr)
         return self.details[stage]
 
-    def metric(self, stage: str) -> float | None:
-        """Main metric of ``stage``, the mean over validation splits; None when the stage did not run."""
+    def metric(self, stage: str, name: str | None = None) -> float | None:
+        """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
+        run."""
         if stage not in self.details:
             return None
-        spec = self.prepared.data.spec
+        name = name or self.prepared.data.spec.main_metric
         splits = [metrics for split, metrics in self.details[stage].items() if split != TEST]
-        return float(np.mean([metrics[spec.main_metric] for metrics in splits]))
+        return float(np.mean([metrics[name] for metrics in splits]))
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -222,10 +226,17 @@ class Compression:
 
         def work() -> Tensors:
             with self.timed("teacher"):
-                return {"logits": predict(dense, self.train, self.prepared.tokenizer, description="teacher logits")}
+                prepared = self.prepared
+                logits = predict(
+                    dense,
+                    self.train,
+                    prepared.tokenizer,
+                    description="teacher logits",
+                    problem=prepared.data.spec.problem,
+                )
+                return {"logits": logits}
 
-        logits = self.once("teacher", work)["logits"]
-        return self.train.add_column("teacher_logits", logits.numpy().tolist())
+        return add_teacher_logits(self.train, self.once("teacher", work)["logits"])
 
     def prune(self, model: nn.Module, train_set: Dataset, dense: nn.Module) -> dict[str, torch.Tensor] | None:
         """Prune ``model`` in place; returns the scores, or None for methods without a pruner."""

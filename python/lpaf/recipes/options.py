@@ -28,7 +28,12 @@ class CompressOptions:
     """
 
     model: str = option("", "model directory, Hub name, or built-in short name (minilm-l6)", "what", metavar="MODEL")
-    task: str = option("", "task name: sst2, cola, mrpc, ..., text-classification, text-regression, docstrings", "what")
+    task: str = option(
+        "",
+        "task name: sst2, cola, mrpc, ..., squad, squad_v2, text-classification, text-regression, question-answering, "
+        "docstrings",
+        "what",
+    )
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
     method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
     save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
@@ -61,7 +66,23 @@ class CompressOptions:
         None, "file that every stage is also scored on, apart from validation", "data", metavar="FILE"
     )
     max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
-    max_length: int = option(128, "tokens per example", "data", metavar="N")
+    max_length: int | None = option(
+        None, "tokens per example (default: 384 for questions, else 128)", "data", metavar="N"
+    )
+
+    doc_stride: int | None = option(
+        None, "tokens that neighbouring windows of a context share (default: 128)", "answers", metavar="N"
+    )
+    n_best: int | None = option(
+        None, "starts and ends of a window that are tried (default: 20)", "answers", metavar="N"
+    )
+    max_answer_length: int | None = option(None, "tokens of the longest answer (default: 30)", "answers", metavar="N")
+    null_threshold: float | None = option(
+        None,
+        "squad_v2: how far the score of no answer must be above that of the best answer (default: 0)",
+        "answers",
+        metavar="X",
+    )
 
     finetune_epochs: float | None = option(
         None,
@@ -244,6 +265,11 @@ INDEPENDENT = {
     "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
     "round": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
 }
+
+
+def answer_fields() -> dict[str, dataclasses.Field]:
+    """The options of question answering, by name."""
+    return {field.name: field for field in dataclasses.fields(CompressOptions) if field.metadata["group"] == "answers"}
 
 
 def flag(name: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from ..data import TaskData, check_labels, load_task
+from ..data import TaskData, check_labels, get_task, load_task
+from ..data.spans import SpanOptions, span_options
 from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer, resolve_model
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
@@ -18,7 +19,7 @@ from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
 from ..prune import PRUNERS
 from .methods import Method, get_method
-from .options import CompressOptions
+from .options import CompressOptions, answer_fields
 from .workspace import check_output
 
 
@@ -33,6 +34,8 @@ class Prepared:
     options: CompressOptions
     method: Method
     data: TaskData
+    max_length: int
+    spans: SpanOptions
     tokenizer: Any
     model: nn.Module
     rank: int | None
@@ -57,13 +60,16 @@ def prepare(options: CompressOptions) -> Prepared:
     if options.save_dense is not None:
         # an interrupted run may have written it
         check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
+    spec = get_task(options.task)
+    max_length = options.max_length or spec.max_length
+    spans = span_options(spec, {name: getattr(options, name) for name in answer_fields()})
     config = load_config(options.model)
     if is_compressed(config):
         raise InputError(
             f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
         )
     data = load_task(
-        options.task,
+        spec,
         data_dir=options.data_dir,
         train_file=options.train_file,
         validation_file=options.validation_file,
@@ -73,8 +79,8 @@ def prepare(options: CompressOptions) -> Prepared:
     )
     tokenizer = load_tokenizer(options.model)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and options.max_length > limit:
-        raise InputError(f"--max-length {options.max_length}: the model takes at most {limit} tokens")
+    if limit and max_length > limit:
+        raise InputError(f"--max-length {max_length}: the model takes at most {limit} tokens")
     set_seed(options.seed)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         data = in_order_of_head(data, config, options)
@@ -102,6 +108,8 @@ def prepare(options: CompressOptions) -> Prepared:
         options=options,
         method=method,
         data=data,
+        max_length=max_length,
+        spans=spans,
         tokenizer=tokenizer,
         model=model,
         rank=rank,

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import TrainingDivergedError
+from ..models.outputs import task_logits
 from .batches import Collator, LengthGroupedSampler
 from .objective import Objective
 
@@ -123,7 +124,8 @@ class StageTrainer(Trainer):
         if self.objective.passes == 2:
             inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
         outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
-        loss, parts = self.objective(outputs.logits, labels, teacher)
+        logits = task_logits(outputs, inputs.get("attention_mask"))
+        loss, parts = self.objective(logits, labels, teacher)
         for term in self.terms:
             added = term(model, outputs, batch)
             loss = loss + sum(added.values())
