@@ -12,6 +12,7 @@ from ..data import check_labels, load_task, tokenize
 from ..errors import InputError
 from ..models.checkpoint import load_classifier, load_tokenizer
 from ..models.device import resolve_device
+from ..processes import from_main, main_first, start
 from .metrics import compute_metrics
 from .predict import predict
 
@@ -27,7 +28,7 @@ def evaluate_directory(
     predictions: str | None = None,
     fuse: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of ``model`` on the validation splits of ``task``.
+    """Metrics of ``model`` on the validation splits of ``task``; many processes share the examples out.
 
     Args:
         model: directory (compressed or dense), Hub name or short name of a classifier.
@@ -44,10 +45,12 @@ def evaluate_directory(
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if predictions and not Path(predictions).resolve().parent.is_dir():
         raise InputError(f"--predictions {predictions}: its folder does not exist")
-    data = load_task(task, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
+    start()
     target = resolve_device(device)
-    classifier = load_classifier(model, fuse=fuse)
-    tokenizer = load_tokenizer(model)
+    with main_first():
+        data = load_task(task, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
+        classifier = load_classifier(model, fuse=fuse)
+        tokenizer = load_tokenizer(model)
     data = check_labels(data, classifier.config)
     classifier.to(target)
     metrics, lines = {}, []
@@ -60,6 +63,7 @@ def evaluate_directory(
             row = {"split": name, "index": index, "label": label, "prediction": guess, "logits": logits[index].tolist()}
             lines.append(json.dumps(row))
     if predictions:
-        Path(predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        from_main(lambda: Path(predictions).write_text(text, encoding="utf-8"))
     examples = {name: len(split) for name, split in data.validation.items()}
     return {"model": model, "task": task, "metrics": metrics, "examples": examples}

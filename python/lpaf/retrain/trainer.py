@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import TrainingDivergedError
-from .batches import Collator, LengthGroupedSampler
+from ..processes import exchange, from_main, process_place, together
+from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
 
 COMPLETE = "complete"
@@ -30,7 +32,7 @@ class TrainOptions:
         epochs: passes over the data; fractions allowed.
         learning_rate: peak rate of AdamW; linear warm-up, then linear decay to 0.
         score_learning_rate: peak rate of pruning scores.
-        batch_size: examples per update.
+        batch_size: examples per update, of all processes together.
         warmup: share of the updates in the warm-up. Default: 0.06.
         weight_decay: AdamW's, not on biases, norms and scores. Default: 0.01.
         max_grad_norm: joint clip of all gradients. Default: 1.
@@ -83,12 +85,20 @@ class StageTrainer(Trainer):
 
     # data ------------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.world_size
-        per_epoch = math.ceil(len(dataset) / batch)
-        return LengthGroupedSampler(
-            dataset["length"], batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's share of every batch; accelerate's own split would fill the last batch up with examples of
+        the first."""
+        lengths, batch = self.train_dataset["length"], self.options.batch_size
+        per_epoch = math.ceil(len(lengths) / batch)
+        sampler = LengthGroupedSampler(
+            lengths, batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
+        )
+        self.share = BatchShare(sampler, batch, *process_place())
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.share,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     # optimisation ----------------------------------------------------------------------------------------------------
@@ -109,8 +119,11 @@ class StageTrainer(Trainer):
             inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
         outputs = model(**inputs)
         loss, parts = self.objective(outputs.logits, labels, teacher)
+        # Gradients and logs are the means over the processes, whose shares of a short batch differ.
+        weight = self.share.weight(self.state.global_step % len(self.share))
+        loss = weight * loss
         for name, part in parts.items():
-            self._parts.setdefault(name, []).append(part)
+            self._parts.setdefault(name, []).append(weight * part)
         return (loss, outputs) if return_outputs else loss
 
     # divergence ------------------------------------------------------------------------------------------------------
@@ -124,9 +137,9 @@ class StageTrainer(Trainer):
         return loss
 
     def check_diverged(self) -> None:
-        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite (synchronises the
-        device)."""
-        if self._diverged is None or not bool(self._diverged):
+        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite in any process
+        (synchronises the device)."""
+        if self._diverged is None or not any(exchange(bool(self._diverged))):
             return
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
@@ -140,7 +153,8 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_diverged()
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            parts = exchange({name: float(torch.stack(values).mean()) for name, values in self._parts.items()})
+            logs |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
             for callback in self.callback_handler.callbacks:
                 logs |= getattr(callback, "progress", {})
         self._parts.clear()
@@ -149,7 +163,8 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Save, mark the checkpoint as complete, and only then drop the older ones."""
         self.check_diverged()
-        super()._save_checkpoint(model, trial)
+        with together():  # every process adds the state of its random numbers
+            super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
         directory = Path(self.args.output_dir)
@@ -222,10 +237,11 @@ def train_stage(
         TrainingDivergedError: the loss became NaN or infinite.
     """
     updates = options.updates(len(dataset))
+    process, processes = process_place()
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=updates,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // processes,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=int(options.warmup * updates),
@@ -241,7 +257,13 @@ def train_stage(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=options.device != "cpu",
+        # a factor that gave way to its sparse matrix has no gradient in this step
+        ddp_find_unused_parameters=True,
+        # what is in buffers (thresholds, sparse matrices) every process computes for itself
+        ddp_broadcast_buffers=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU per process: torch's DataParallel would take all
+    arguments.mixed_precision = "bf16" if options.bf16 else "no"  # not what a launcher's configuration says
     trainer = StageTrainer(
         model,
         arguments,
@@ -255,7 +277,9 @@ def train_stage(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    checkpoint = last_checkpoint(directory) if resume else None
+    if process > 0:
+        torch.manual_seed(options.seed * 10_007 + process)  # dropout of its own
+    checkpoint = from_main(lambda: last_checkpoint(directory) if resume else None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # accelerate leaves its autocast around forward; the trained model must run as the saved one will.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
