@@ -24,8 +24,9 @@ from torch import nn
 from lpaf.evaluate.predict import predict
 from lpaf.factorize import SVDFactorizer, allocate_ranks, comparable, rank_params, relative, weighted_spectra
 from lpaf.models.count import largest_ranks, matrix_shapes, rank_for_ratio, resolve_budget
-from lpaf.recipes.compress import Compression, default_mixed_rank_p, prepare
+from lpaf.recipes.compress import Compression
 from lpaf.recipes.options import CompressOptions
+from lpaf.recipes.prepare import default_mixed_rank_p, prepare
 
 Spectra = Mapping[str, torch.Tensor]
 Measure = Callable[[Spectra, Mapping[str, tuple[int, int]]], Spectra]
@@ -106,8 +107,8 @@ def main() -> None:
     pruned = copy.deepcopy(dense)
     embeddings = [module for module in pruned.modules() if isinstance(module, nn.Embedding)]
     nn.ModuleList(embeddings).requires_grad_(False)
-    pruned_before = run.workspace.load("prune") is not None
-    scores = run.prune(pruned, run.train if pruned_before else run.with_teacher(dense))
+    train_set = run.with_teacher(dense)
+    scores = run.prune(pruned, train_set)
     for name, split in run.validation.items():
         run.validation[name] = split.select(range(arguments.examples or len(split)))
     for name, model in (("dense", dense), ("pruned", pruned)):
@@ -129,7 +130,6 @@ def main() -> None:
     if not arguments.retrain_epochs:
         return
     print(f"after {options.retrain_epochs:g} epochs of retraining", flush=True)
-    train_set = run.with_teacher(dense)
     for (ratio, name), ranks in chosen.items():
         if name != "absolute":
             run.mixed_rank_p = default_mixed_rank_p(ratio)

@@ -20,8 +20,9 @@ from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate.evaluate import evaluate_directory
 from lpaf.prune.movement import HardPruningCallback
-from lpaf.recipes.compress import Compression, compress, prepare
+from lpaf.recipes.compress import Compression, compress
 from lpaf.recipes.options import CompressOptions
+from lpaf.recipes.prepare import prepare
 from tiny import sentences, write_model, write_rows
 
 LEARN = {"finetune_lr": 5e-3, "prune_lr": 2e-3, "retrain_lr": 5e-3, "finetune_epochs": 12, "retrain_epochs": 4}

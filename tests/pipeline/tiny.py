@@ -42,12 +42,12 @@ SPECIAL = {
 }
 
 
-def build(model_type: str) -> torch.nn.Module:
-    """A small sequence classifier of this type with random weights."""
+def build(model_type: str, **changes: int) -> torch.nn.Module:
+    """A small sequence classifier of this type with random weights; ``changes`` of its configuration."""
     import torch
     import transformers
 
-    options = dict(SMALL)
+    options = SMALL | changes
     if model_type == "distilbert":
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             options.pop(name)

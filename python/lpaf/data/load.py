@@ -19,7 +19,7 @@ from ..hub import hub_has_dataset
 from ..processes import is_main
 from . import docstrings
 from .files import SUFFIXES, Row, bad_row, read_rows
-from .task_data import TaskData, make_task_data
+from .task_data import TEST, TaskData, make_task_data
 from .tasks import TaskSpec, get_task
 
 _TOKENIZE_CHUNK = 2000
@@ -35,6 +35,7 @@ def load_task(
     max_train_samples: int | None = None,
     seed: int = 0,
     evaluation_only: bool = False,
+    test_file: str | Path | None = None,
 ) -> TaskData:
     """Training and validation examples of a task.
 
@@ -48,6 +49,7 @@ def load_task(
         seed: seed of that choice.
         evaluation_only: leave ``train`` None and need no training file; the classes of a task without fixed
             ones are then those of the validation file (``check_labels`` puts them in a model's order).
+        test_file: one more file to score on, as the split ``TEST``; goes with ``data_dir`` or the two files.
 
     Raises:
         InputError: the task is unknown; the arguments contradict each other; nothing says where the data are,
@@ -59,11 +61,16 @@ def load_task(
     if max_train_samples is not None and max_train_samples < 1:
         raise InputError(f"--max-train-samples {max_train_samples}: pass a number of at least 1")
     if data_dir is None and train_file is None and validation_file is None:
+        if test_file is not None:
+            raise InputError("--test-file: needs --data-dir, or --train-file and --validation-file, beside it")
         data = _built_in(spec)
         if evaluation_only:
             data = make_task_data(spec, None, data.validation, data.labels)
     else:
-        data = _from_files(spec, *_paths(spec, data_dir, train_file, validation_file, evaluation_only))
+        train, held_out = _paths(spec, data_dir, train_file, validation_file, evaluation_only)
+        if test_file is not None:
+            held_out[TEST] = _Source(Path(test_file), "--test-file")
+        data = _from_files(spec, train, held_out)
     if data.train is not None and max_train_samples is not None and max_train_samples < len(data.train):
         chosen = sorted(random.Random(seed).sample(range(len(data.train)), max_train_samples))
         train = Dataset.from_dict(data.train[chosen], features=data.train.features)

@@ -10,6 +10,9 @@ from datasets import Dataset
 
 from .tasks import TaskSpec
 
+#: the split of ``--test-file``: scored like validation, but no part of it
+TEST = "test"
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -21,7 +24,8 @@ class TaskData:
     Args:
         spec: the task.
         train: training examples, or None when only validation was asked for.
-        validation: split name -> examples, in the task's order; the first is the main one.
+        validation: split name -> examples, in the task's order; the first is the main one. ``TEST`` is the last,
+            where there is one.
         labels: class names in the order of their indices, or None for regression.
         num_labels: size of the model's output: number of classes, or 1 for regression.
         fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every

@@ -69,6 +69,14 @@ def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> di
     return {name: float(functions[name]()) for name in spec.metrics}
 
 
+def example_scores(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """How well each example is done, float32 [B]: 1 or 0 for right or wrong classes, minus the squared error for
+    numbers; arguments as for :func:`compute_metrics`."""
+    predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
+    scores = -((predictions - truth) ** 2) if spec.is_regression else predictions == truth
+    return scores.astype(np.float32)
+
+
 def main_metric(spec: TaskSpec, metrics: dict[str, float]) -> float:
     """The value that stands for the task."""
     return metrics[spec.main_metric]

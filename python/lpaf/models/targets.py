@@ -77,7 +77,7 @@ LAYER_LINEARS: dict[str, dict[str, str]] = {
     },
 }
 
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+LAYER_NAME = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 COMPRESSED_TYPES = (LowRankSparseLinear, LowRankPlusSparseLinear, MixedRankLinear)
 
 
@@ -104,7 +104,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         if not isinstance(module, (nn.Linear, MaskedLinear, *COMPRESSED_TYPES)):
             continue
         inside = (f"{name}.",)
-        match = _LAYER.match(name)
+        match = LAYER_NAME.match(name)
         if match is None:
             continue
         rest = match["rest"]

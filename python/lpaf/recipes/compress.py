@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 
-from ..data import TaskData, check_labels, load_task, tokenize
-from ..errors import InputError
-from ..evaluate.metrics import compute_metrics
+import lpaf_kernels
+
+from ..data import tokenize
+from ..data.task_data import TEST
+from ..evaluate.metrics import compute_metrics, example_scores
 from ..evaluate.predict import predict
 from ..factorize import (
     FACTORIZERS,
@@ -35,135 +34,20 @@ from ..factorize import (
     rank_params,
     weighted_spectra,
 )
-from ..models.checkpoint import (
-    is_compressed,
-    load_config,
-    load_dense,
-    load_tokenizer,
-    resolve_model,
-    save_compressed,
-    save_model,
-)
-from ..models.count import (
-    AUTO,
-    check_size,
-    encoder_params,
-    forward_macs,
-    largest_ranks,
-    matrix_shapes,
-    resolve_budget,
-    resolve_rank,
-    total_params,
-    weight_bytes,
-)
-from ..models.device import resolve_device
+from ..models.checkpoint import save_compressed, save_model
+from ..models.count import AUTO, encoder_params, largest_ranks, matrix_shapes, weight_bytes
 from ..models.targets import encoder_linears
+from ..models.truncate import truncate
 from ..prune import PRUNERS
 from ..report.write import write_report
 from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
 from ..retrain.trainer import TrainOptions, train_stage
-from .measure import latency_record, rank_record, versions
-from .methods import Method, get_method
-from .options import RUN_OPTIONS, CompressOptions
-from .workspace import Workspace, check_output, explain_os_error
-
-REPORT_SCHEMA = 1
-
-
-@dataclass
-class Prepared:
-    """A validated run: nothing has been written yet.
-
-    ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
-    they share, or by the error asked for.
-    """
-
-    options: CompressOptions
-    method: Method
-    data: TaskData
-    tokenizer: Any
-    model: nn.Module
-    rank: int | None
-    budget: int | None
-    finetune_epochs: float
-    device: str
-
-
-def default_mixed_rank_p(ratio: float) -> float:
-    """First probability of the sparse path when ``--mixed-rank-p`` is silent: smaller ranks want larger ones (Table
-    7)."""
-    return 0.3 if ratio > 0.35 else 0.5 if ratio > 0.2 else 0.7
-
-
-def prepare(options: CompressOptions) -> Prepared:
-    """Check everything that can be checked before anything is written, cheapest first."""
-    method = get_method(options.method).with_options(options)
-    device = resolve_device(options.device)
-    check_size(options.rank, options.ratio, options.rank_error)
-    check_output(Path(options.output), options.overwrite)
-    if options.save_dense is not None:
-        # an interrupted run may have written it
-        check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
-    config = load_config(options.model)
-    if is_compressed(config):
-        raise InputError(
-            f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
-        )
-    data = load_task(
-        options.task,
-        data_dir=options.data_dir,
-        train_file=options.train_file,
-        validation_file=options.validation_file,
-        max_train_samples=options.max_train_samples,
-        seed=options.seed,
-    )
-    tokenizer = load_tokenizer(options.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and options.max_length > limit:
-        raise InputError(f"--max-length {options.max_length}: the model takes at most {limit} tokens")
-    set_seed(options.seed)
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        data = in_order_of_head(data, config, options)
-    model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
-    shapes = matrix_shapes(model)
-    rank = budget = None
-    if options.rank == AUTO:
-        budget = resolve_budget(shapes, options.ratio, options.force)
-    elif options.rank_error is None:
-        rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
-    epochs = options.finetune_epochs
-    if epochs is None:
-        epochs = 0.0 if head_trained else 3.0
-    if epochs == 0 and not head_trained:
-        raise InputError(
-            f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
-            "model, or leave the option out"
-        )
-    return Prepared(
-        options=options,
-        method=method,
-        data=data,
-        tokenizer=tokenizer,
-        model=model,
-        rank=rank,
-        budget=budget,
-        finetune_epochs=epochs,
-        device=device,
-    )
-
-
-def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:
-    """``data`` with its labels in the order of a trained head's classes.
-
-    A head for other labels is an InputError, unless the run fine-tunes on purpose: then it gets a new head.
-    """
-    try:
-        return check_labels(data, config)
-    except InputError as error:
-        if options.finetune_epochs:
-            return data
-        raise InputError(f"{error}; or pass --finetune-epochs to train a new head") from None
+from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
+from .prepare import Prepared, default_mixed_rank_p, prepare, weights_fingerprint
+from .record import run_record
+from .stages import StageStore, Tensors, stage_key
+from .workspace import Workspace, explain_os_error
 
 
 class Compression:
@@ -177,24 +61,33 @@ class Compression:
     def __init__(self, prepared: Prepared, command: str) -> None:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
-        settings = {k: v for k, v in options.to_dict().items() if k not in RUN_OPTIONS}
-        if options.rank == "auto" or options.rank_error is not None:
+        #: what decides the weights beside the options
+        self.sources = {
+            "data": data.fingerprint,
+            "weights": weights_fingerprint(options.model),
+            "version": lpaf_kernels.__version__,
+        }
+        settings = options.to_dict(without=RUN_OPTIONS) | self.sources
+        if options.rank == AUTO or options.rank_error is not None:
             settings["force"] = options.force  # decides how large ranks may become
-        settings["data"] = data.fingerprint
-        settings["weights"] = _fingerprint(options.model)
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
         self.workspace = Workspace(
             Path(options.output), settings, options.resume, options.overwrite, bytes_needed=checkpoint * 2
         )
+        kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
+        self.stages = StageStore(Path(options.stages) if options.stages else kept)
         length, tokenizer, spec = options.max_length, prepared.tokenizer, data.spec
         self.train = tokenize(data.train, tokenizer, spec, length, data.labels)
         self.validation = {
             name: tokenize(split, tokenizer, spec, length, data.labels) for name, split in data.validation.items()
         }
+        self.distill = options.distill if prepared.method.distill else 0.0
         self.mixed_rank_p = options.mixed_rank_p
         self.seconds: dict[str, float] = {}
         self.details: dict[str, dict[str, dict[str, float]]] = {}
         self.history: dict[str, list[dict[str, float]]] = {}
+        #: "stage.split" -> score of every example, float32 [N]
+        self.examples: Tensors = {}
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -205,23 +98,25 @@ class Compression:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def evaluate(self, stage: str, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Metrics of ``model`` on every validation split, under ``stage`` in the report."""
+        """Metrics of ``model`` on every split that is held out, under ``stage`` in the report."""
         spec = self.prepared.data.spec
+        self.details[stage] = {}
         with self.timed("evaluate"):
-            self.details[stage] = {
-                name: compute_metrics(spec, predict(model, split, self.prepared.tokenizer).numpy(), split["labels"])
-                for name, split in self.validation.items()
-            }
-        main = next(iter(self.details[stage].values()))[spec.main_metric]
-        print(f"{stage}: {spec.main_metric} {main:.4f}", file=sys.stderr)
+            for name, split in self.validation.items():
+                outputs = predict(model, split, self.prepared.tokenizer).numpy()
+                self.details[stage][name] = compute_metrics(spec, outputs, split["labels"])
+                scores = example_scores(spec, outputs, split["labels"])
+                self.examples[f"{stage}.{name}"] = torch.from_numpy(scores)
+        print(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}", file=sys.stderr)
         return self.details[stage]
 
     def metric(self, stage: str) -> float | None:
         """Main metric of ``stage``, the mean over validation splits; None when the stage did not run."""
         if stage not in self.details:
             return None
-        name = self.prepared.data.spec.main_metric
-        return float(np.mean([split[name] for split in self.details[stage].values()]))
+        spec = self.prepared.data.spec
+        splits = [metrics for split, metrics in self.details[stage].items() if split != TEST]
+        return float(np.mean([metrics[spec.main_metric] for metrics in splits]))
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -259,50 +154,62 @@ class Compression:
                 resume=self.workspace.resuming,
             )
 
-    def finished(self, stage: str) -> dict[str, torch.Tensor] | None:
-        """The tensors that :meth:`finish` stored for ``stage`` in an earlier session, or None; restores its records."""
-        record = self.workspace.load(stage)
-        if record is None:
-            return None
-        self.details |= record["details"]
-        self.history |= record["history"]
-        self.seconds |= record["seconds"]
-        return load_file(self.workspace.stage(stage) / "state.safetensors")
+    def once(self, stage: str, work: Callable[[], Tensors]) -> Tensors:
+        """The tensors of ``stage``: those that a run of the same settings left, else what ``work`` makes."""
+        key = self.key(stage)
+        with self.stages.claim(stage, key):
+            kept = self.stages.load(stage, key)
+            if kept is None:
+                tensors = work()
+                self.stages.store(stage, key, tensors | _prefixed("examples", self.examples), self.records())
+                for checkpoint in self.workspace.stage(stage).glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+                return tensors
+        tensors, record = kept
+        for name, values in record.items():
+            getattr(self, name).update(values)
+        self.examples |= _taken(tensors, "examples")
+        return tensors
 
-    def finish(self, stage: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Store the result of ``stage``, so that a later session starts after it."""
-        if not self.options.checkpoint_steps:
-            return
-        directory = self.workspace.stage(stage)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "state.safetensors")
-        record = {"details": self.details, "history": self.history, "seconds": self.seconds}
-        self.workspace.store(stage, record)
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    def records(self) -> dict[str, Any]:
+        """What the report says of the stages up to now."""
+        return {"details": self.details, "history": self.history, "seconds": self.seconds}
+
+    def key(self, stage: str) -> str:
+        """The key of ``stage`` in the store: equal in runs whose weights are the same up to there."""
+        method, settings = self.prepared.method, self.options.to_dict(without=INDEPENDENT[stage])
+        settings |= self.sources | {"finetune_epochs": self.prepared.finetune_epochs, "device": self.prepared.device}
+        if stage == "prune":
+            settings["pruner"] = method.pruner
+        return stage_key(settings)
 
     # stages ---------------------------------------------------------------------------------------------------------
 
     def finetune(self) -> nn.Module:
         """The dense fine-tuned model."""
         model = self.prepared.model.to(self.prepared.device)
-        state = self.finished("finetune")
-        if state is not None:
-            model.load_state_dict(state)
-            return model
-        epochs = self.prepared.finetune_epochs
-        if epochs > 0:
-            train = self.train_options(epochs, self.options.finetune_lr, offset=0)
-            self.run_stage("finetune", model, self.train, self.objective(), train)
-        self.evaluate("dense", model)
-        self.finish("finetune", _cloned_state(model))
+
+        def work() -> Tensors:
+            epochs = self.prepared.finetune_epochs
+            if epochs > 0:
+                train = self.train_options(epochs, self.options.finetune_lr, offset=0)
+                self.run_stage("finetune", model, self.train, self.objective(), train)
+            self.evaluate("dense", model)
+            return _cloned_state(model)
+
+        model.load_state_dict(self.once("finetune", work))
         return model
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
         """The training set with the dense model's logits as a column; each example is run once."""
-        if self.options.distill == 0:
+        if self.distill == 0:
             return self.train
-        with self.timed("teacher"):
-            logits = predict(dense, self.train, self.prepared.tokenizer, description="teacher logits")
+
+        def work() -> Tensors:
+            with self.timed("teacher"):
+                return {"logits": predict(dense, self.train, self.prepared.tokenizer, description="teacher logits")}
+
+        logits = self.once("teacher", work)["logits"]
         return self.train.add_column("teacher_logits", logits.numpy().tolist())
 
     def prune(self, model: nn.Module, train_set: Dataset) -> dict[str, torch.Tensor] | None:
@@ -310,8 +217,8 @@ class Compression:
         method, options = self.prepared.method, self.options
         if method.pruner is None:
             return None
-        state = self.finished("prune")
-        if state is None:
+
+        def work() -> Tensors:
             learned = {"score_init": options.score_init} if method.pruner == "movement" else {}
             pruner = PRUNERS[method.pruner](
                 keep=options.keep,
@@ -322,15 +229,15 @@ class Compression:
             )
             pruner.attach(model)
             train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)
-            objective = self.objective(distill=options.distill)
+            objective = self.objective(distill=self.distill)
             callback = pruner.callback(train.updates(len(train_set)))
             self.run_stage("prune", model, train_set, objective, train, callbacks=[callback])
             scores = pruner.detach(model)
             self.evaluate("pruned", model)
-            tensors = _cloned_state(model) | {f"scores.{name}": score for name, score in scores.items()}
-            self.finish("prune", tensors)
-            return scores
-        scores = {key.removeprefix("scores."): state.pop(key) for key in list(state) if key.startswith("scores.")}
+            return _cloned_state(model) | _prefixed("scores", scores)
+
+        state = self.once("prune", work)
+        scores = _taken(state, "scores")
         model.load_state_dict(state)
         return scores
 
@@ -368,6 +275,13 @@ class Compression:
         self.evaluate(stage, model)
         return factorized
 
+    def truncate(self, model: nn.Module, stage: str) -> tuple[nn.Module, Factorized]:
+        """The first layers of ``model``, in whose matrices there is no error."""
+        student = truncate(model, self.prepared.layers)
+        weights = {name: linear.weight.detach().clone() for name, linear in encoder_linears(student).items()}
+        self.evaluate(stage, student)
+        return student, Factorized(dict.fromkeys(weights, 0.0), weights)
+
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
         """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
@@ -375,7 +289,7 @@ class Compression:
         if method.pruner is None:
             epochs += options.prune_epochs  # methods without pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
-        objective = self.objective(distill=options.distill, consistency=1.0 if method.consistency else 0.0)
+        objective = self.objective(distill=self.distill, consistency=1.0 if method.consistency else 0.0)
         settings = {"p_init": self.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
         retrainer = RETRAINERS[method.retrainer](**settings)
         retrainer.attach(model, factorized.weights)
@@ -404,16 +318,18 @@ class Compression:
             embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
             nn.ModuleList(embeddings).requires_grad_(False)
         scores = self.prune(sparse, train_set)
-        ranks = self.ranks(sparse, scores)
-        if self.mixed_rank_p is None:
-            ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
-            self.mixed_rank_p = default_mixed_rank_p(ratio)
+        ranks = None
+        if self.prepared.layers is None:
+            ranks = self.ranks(sparse, scores)
+            if self.mixed_rank_p is None:
+                ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
+                self.mixed_rank_p = default_mixed_rank_p(ratio)
         model, factorized = self.shrink(sparse, scores, train_set, ranks)
         others = {
             name: self.shrink(sparse, scores, train_set, rank, suffix=f"-{name}")[0]
             for name, rank in (controls or {}).items()
         }
-        report, analysis = self.report(dense, model, factorized, others)
+        report, analysis = run_record(self, dense, model, factorized, others)
         self.publish(model, report, analysis)
         return model, report
 
@@ -422,12 +338,16 @@ class Compression:
         sparse: nn.Module,
         scores: dict[str, torch.Tensor] | None,
         train_set: Dataset,
-        rank: int | Mapping[str, int],
+        rank: int | Mapping[str, int] | None,
         suffix: str = "",
     ) -> tuple[nn.Module, Factorized]:
-        """Factorise a copy of ``sparse`` at ``rank`` and retrain it; ``suffix`` tells its records apart."""
-        model = copy.deepcopy(sparse)
-        factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
+        """Factorise a copy of ``sparse`` at ``rank``, or leave out layers of it (None), and retrain it; ``suffix``
+        tells its records apart."""
+        if rank is None:
+            model, factorized = self.truncate(sparse, stage=f"factorized{suffix}")
+        else:
+            model = copy.deepcopy(sparse)
+            factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
         self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
         self.evaluate(f"compressed{suffix}", model)
         return model.eval(), factorized
@@ -436,78 +356,13 @@ class Compression:
         """Write the output directory beside its place, then rename it there."""
         staged = self.workspace.directory / "output"
         shutil.rmtree(staged, ignore_errors=True)
-        save_compressed(model, self.prepared.tokenizer, staged, self.prepared.method.name)
+        if self.prepared.layers is None:
+            save_compressed(model, self.prepared.tokenizer, staged, self.prepared.method.name)
+        else:
+            save_model(model, self.prepared.tokenizer, staged)
         report["file_bytes"]["compressed"] = (staged / "model.safetensors").stat().st_size
         write_report(staged, report, analysis)
         self.workspace.publish(staged)
-
-    def report(
-        self, dense: nn.Module, model: nn.Module, factorized: Factorized, controls: Mapping[str, nn.Module]
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """report.json's content and the tensors behind its pictures."""
-        options, prepared = self.options, self.prepared
-        before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
-        with self.timed("measure"):
-            models = {"dense": dense, "compressed": model, **controls}
-            times = latency_record(models, options.bench_batch, options.bench_length)
-            ranks, analysis = rank_record(before, factorized, model, pruned=prepared.method.pruner is not None)
-        dense_params, compressed_params = encoder_params(dense), encoder_params(model)
-        length = options.bench_length
-        return {
-            "schema": REPORT_SCHEMA,
-            "method": prepared.method.name,
-            "model": options.model,
-            "task": options.task,
-            "seed": options.seed,
-            "command": self.command,
-            "metric": {
-                "name": prepared.data.spec.main_metric,
-                **{stage: self.metric(stage) for stage in ("dense", "pruned", "factorized", "compressed")},
-                "details": self.details,
-            },
-            "encoder_params": {
-                "dense": dense_params,
-                "compressed": compressed_params,
-                "ratio": compressed_params / dense_params,
-            },
-            "total_params": {"dense": total_params(dense), "compressed": total_params(model)},
-            "file_bytes": {"dense": weight_bytes(dense), "compressed": weight_bytes(model)},
-            "flops": {
-                "dense": forward_macs(dense, length),
-                "compressed": forward_macs(model, length),
-                "sequence_length": length,
-            },
-            "latency_ms": times,
-            "controls": {
-                name: {
-                    "metric": self.metric(f"compressed-{name}"),
-                    "encoder_ratio": encoder_params(control) / dense_params,
-                    "file_bytes": weight_bytes(control),
-                    "flops": forward_macs(control, length),
-                    "latency_ms": times["median"][name],
-                }
-                for name, control in controls.items()
-            },
-            "rank": ranks,
-            "training": self.history,
-            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
-            "versions": versions(),
-            "config": options.to_dict()
-            | {
-                "rank": options.rank if prepared.rank is None else prepared.rank,
-                "keep": options.keep if prepared.method.pruner else None,
-                "score_init": options.score_init if prepared.method.pruner == "movement" else None,
-                "mixed_rank_p": self.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
-                "finetune_epochs": prepared.finetune_epochs,
-                "weighting": prepared.method.weighting,
-                "device": prepared.device,
-            },
-            "data": {
-                "train": len(self.train),
-                "validation": {name: len(split) for name, split in self.validation.items()},
-                "fingerprint": prepared.data.fingerprint,
-            },
-        }, analysis
 
 
 def compress(options: CompressOptions, command: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -534,17 +389,14 @@ def compress(options: CompressOptions, command: str | None = None) -> tuple[nn.M
         raise explained from error
 
 
-def _fingerprint(model: str) -> str:
-    """Names, sizes and first megabyte of a local model's weight files; the name of a Hub model."""
-    path = Path(resolve_model(model))
-    if not path.is_dir():
-        return model
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) + [path / "config.json"]:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-    return digest.hexdigest()
+def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _taken(tensors: Tensors, prefix: str) -> Tensors:
+    """Those of ``prefix``, taken out of ``tensors``."""
+    names = [name for name in tensors if name.startswith(f"{prefix}/")]
+    return {name.removeprefix(f"{prefix}/"): tensors.pop(name) for name in names}
 
 
 def _cloned_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import InputError
 from ..models.checkpoint import resolve_model
 from ..report.terminal import comparison_row, comparison_table, show
-from .compress import Compression, prepare
+from .compress import Compression
 from .options import CompressOptions
+from .prepare import prepare
 
 MODEL = "minilm-l6"
 CONTROL = "rank-1 control"

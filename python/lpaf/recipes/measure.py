@@ -53,10 +53,11 @@ def rank_record(
 
     Args:
         dense: matrix name -> [out, in] before compression.
-        factorized: the matrices that were factorised, pruned or not.
+        factorized: the matrices that were factorised, pruned or not, or that stayed of a model cut short.
         model: the compressed model.
         pruned: whether ``factorized.weights`` were pruned.
     """
+    dense = {name: weight for name, weight in dense.items() if name in factorized.weights}
     spectra = {"dense": singular_values(dense, "spectra dense")}
     if pruned:
         spectra["pruned"] = singular_values(factorized.weights, "spectra pruned")
@@ -72,8 +73,8 @@ def rank_record(
             "shape": list(shape),
             "dense": ranks["dense"][name],
             "pruned": ranks["pruned"][name] if pruned else None,
-            "compressed": compressed[name].rank,
-            "kept": compressed[name].kept.numel(),
+            "compressed": compressed[name].rank if name in compressed else None,
+            "kept": compressed[name].kept.numel() if name in compressed else None,
             "kept_share": entries / (shape[0] * shape[1]),
             "kept_rows": rows,
             "kept_columns": columns,
@@ -81,11 +82,12 @@ def rank_record(
         }
         for (name, shape), (entries, rows, columns) in zip(shapes.items(), counts, strict=True)
     }
-    smallest, median, largest = rank_spread(per_matrix)
+    smallest, median, largest = rank_spread(per_matrix) or (None, None, None)
+    chosen = [entry["compressed"] for entry in per_matrix.values() if entry["compressed"] is not None]
     record = {
         "mean_before": float(np.mean(list(ranks["dense"].values()))),
         "mean_after": float(np.mean(list(ranks["pruned" if pruned else "dense"].values()))),
-        "mean_compressed": float(np.mean([entry["compressed"] for entry in per_matrix.values()])),
+        "mean_compressed": float(np.mean(chosen)) if chosen else None,
         "min_compressed": smallest,
         "median_compressed": median,
         "max_compressed": largest,

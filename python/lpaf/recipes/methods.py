@@ -16,19 +16,21 @@ class Method:
         name: its name on the command line.
         summary: one line for ``lpaf compress --help``.
         pruner: name in ``lpaf.prune.PRUNERS``, or None.
-        factorizer: name in ``lpaf.factorize.FACTORIZERS``.
+        factorizer: name in ``lpaf.factorize.FACTORIZERS``; None leaves layers out instead.
         weighting: row weights of the factoriser: "none", "mask" or "scores".
         retrainer: name in ``lpaf.retrain.RETRAINERS``.
         consistency: whether retraining compares two passes.
+        distill: whether the dense model teaches.
     """
 
     name: str
     summary: str
     pruner: str | None
-    factorizer: str
-    weighting: str
-    retrainer: str
-    consistency: bool
+    factorizer: str | None
+    weighting: str = "none"
+    retrainer: str = "plain"
+    consistency: bool = False
+    distill: bool = True
 
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the steps switched off that ``options`` switches off."""
@@ -66,9 +68,19 @@ METHODS = {
             "truncated SVD of the fine-tuned model, then as many updates of retraining (Ben Noach and Goldberg, 2020)",
             pruner=None,
             factorizer="svd",
-            weighting="none",
-            retrainer="plain",
-            consistency=False,
+        ),
+        Method(
+            "truncate",
+            "the first layers of the fine-tuned model, retrained without a teacher",
+            pruner=None,
+            factorizer=None,
+            distill=False,
+        ),
+        Method(
+            "kd",
+            "the first layers of the fine-tuned model, taught by it (Hinton et al., 2015)",
+            pruner=None,
+            factorizer=None,
         ),
     )
 }

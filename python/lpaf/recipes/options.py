@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,9 @@ class CompressOptions:
     )
     train_file: str | None = option(None, "training file, instead of --data-dir", "data", metavar="FILE")
     validation_file: str | None = option(None, "validation file, instead of --data-dir", "data", metavar="FILE")
+    test_file: str | None = option(
+        None, "file that every stage is also scored on, apart from validation", "data", metavar="FILE"
+    )
     max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
     max_length: int = option(128, "tokens per example", "data", metavar="N")
 
@@ -97,6 +101,12 @@ class CompressOptions:
     )
     consistency: bool = option(True, "one pass per batch, without the consistency loss", "method", negate=True)
 
+    stages: str | None = option(
+        None,
+        "keep finished stages (fine-tuning, pruning) here, and start from those that other runs left",
+        "running",
+        metavar="DIR",
+    )
     checkpoint_steps: int = option(200, "updates between checkpoints; 0 writes none", "running", metavar="N")
     resume: bool = option(False, "continue an interrupted run of the same options", "running")
     overwrite: bool = option(False, "replace an existing output, or discard an interrupted run", "running")
@@ -147,15 +157,16 @@ class CompressOptions:
                     f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
-        """All options, JSON-able."""
-        return dataclasses.asdict(self)
+    def to_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """All options but those named, JSON-able."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
 
 #: options that do not change the weights a run ends with; a resumed run may change them
 RUN_OPTIONS = (
     "output",
     "save_dense",
+    "stages",
     "resume",
     "overwrite",
     "checkpoint_steps",
@@ -163,6 +174,41 @@ RUN_OPTIONS = (
     "bench_length",
     "force",
 )
+#: options that no stage before retraining depends on
+RETRAIN_OPTIONS = (
+    "method",
+    "rank",
+    "ratio",
+    "rank_error",
+    "retrain_epochs",
+    "retrain_lr",
+    "weighting",
+    "mixed_rank",
+    "mixed_rank_p",
+    "consistency",
+)
+#: options that fine-tuning does not depend on, but pruning
+PRUNE_OPTIONS = (
+    "prune_epochs",
+    "prune_lr",
+    "score_lr",
+    "freeze_embeddings",
+    "distill",
+    "temperature",
+    "keep",
+    "scope",
+    "score_init",
+    "hard_pruning",
+    "prune_warmup",
+    "prune_cooldown",
+    "prune",
+)
+#: stages whose results are kept -> options that they do not depend on
+INDEPENDENT = {
+    "finetune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "teacher": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS),
+}
 
 
 def flag(name: str) -> str:

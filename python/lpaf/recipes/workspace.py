@@ -95,15 +95,6 @@ class Workspace:
         path.mkdir(exist_ok=True)
         return path
 
-    def load(self, name: str) -> Any:
-        """The record that :meth:`store` wrote under ``name``, or None."""
-        path = self.directory / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def store(self, name: str, value: Any) -> None:
-        """Write a JSON record; it is there whole or not at all."""
-        self._write_json(f"{name}.json", value)
-
     def publish(self, staged: Path) -> None:
         """Rename the finished directory to the output and drop the work directory."""
         old = None

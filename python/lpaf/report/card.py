@@ -21,6 +21,14 @@ from lpaf.report.summary import (
 METHODS = {
     "lpaf": "LPAF: first-order pruning, low-rank factorization of the sparse matrices, mixed-rank training",
     "svd": "truncated singular value decomposition of the fine-tuned matrices, then fine-tuning",
+    "truncate": "the first layers of the fine-tuned model, fine-tuned again",
+    "kd": "the first layers of the fine-tuned model, trained on its logits (knowledge distillation)",
+}
+TAGS = {
+    "lpaf": ("low-rank", "pruning"),
+    "svd": ("low-rank", "svd"),
+    "truncate": ("truncated",),
+    "kd": ("truncated", "knowledge-distillation"),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -35,7 +43,7 @@ def front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "tags": ["lpaf", "model-compression", "low-rank", "pruning" if report["method"] == "lpaf" else "svd"],
+        "tags": ["lpaf", "model-compression", *TAGS.get(report["method"], ())],
         "metrics": [report["metric"]["name"]],
     }
     base = hub_id(str(report["model"]))

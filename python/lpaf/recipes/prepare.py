@@ -1,0 +1,136 @@
+"""Check a run before anything is written: options, data, tokenizer, model, size."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from ..data import TaskData, check_labels, load_task
+from ..errors import InputError
+from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer, resolve_model
+from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
+from ..models.device import resolve_device
+from ..models.truncate import layers_for_ratio
+from .methods import Method, get_method
+from .options import CompressOptions
+from .workspace import check_output
+
+
+@dataclass
+class Prepared:
+    """A validated run: nothing has been written yet.
+
+    ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
+    they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps.
+    """
+
+    options: CompressOptions
+    method: Method
+    data: TaskData
+    tokenizer: Any
+    model: nn.Module
+    rank: int | None
+    budget: int | None
+    layers: int | None
+    finetune_epochs: float
+    device: str
+
+
+def default_mixed_rank_p(ratio: float) -> float:
+    """First probability of the sparse path when ``--mixed-rank-p`` is silent: smaller ranks want larger ones (Table
+    7)."""
+    return 0.3 if ratio > 0.35 else 0.5 if ratio > 0.2 else 0.7
+
+
+def prepare(options: CompressOptions) -> Prepared:
+    """Check everything that can be checked before anything is written, cheapest first."""
+    method = get_method(options.method).with_options(options)
+    device = resolve_device(options.device)
+    check_size(options.rank, options.ratio, options.rank_error)
+    check_output(Path(options.output), options.overwrite)
+    if options.save_dense is not None:
+        # an interrupted run may have written it
+        check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
+    config = load_config(options.model)
+    if is_compressed(config):
+        raise InputError(
+            f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
+        )
+    data = load_task(
+        options.task,
+        data_dir=options.data_dir,
+        train_file=options.train_file,
+        validation_file=options.validation_file,
+        test_file=options.test_file,
+        max_train_samples=options.max_train_samples,
+        seed=options.seed,
+    )
+    tokenizer = load_tokenizer(options.model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and options.max_length > limit:
+        raise InputError(f"--max-length {options.max_length}: the model takes at most {limit} tokens")
+    set_seed(options.seed)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        data = in_order_of_head(data, config, options)
+    model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
+    shapes = matrix_shapes(model)
+    rank = budget = layers = None
+    if method.factorizer is None:
+        if options.ratio is None or options.rank is not None:
+            raise InputError(f"--method {method.name}: leaves layers out; pass --ratio R, the share of them to keep")
+        layers = layers_for_ratio(model, options.ratio)
+    elif options.rank == AUTO:
+        budget = resolve_budget(shapes, options.ratio, options.force)
+    elif options.rank_error is None:
+        rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
+    epochs = options.finetune_epochs
+    if epochs is None:
+        epochs = 0.0 if head_trained else 3.0
+    if epochs == 0 and not head_trained:
+        raise InputError(
+            f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
+            "model, or leave the option out"
+        )
+    return Prepared(
+        options=options,
+        method=method,
+        data=data,
+        tokenizer=tokenizer,
+        model=model,
+        rank=rank,
+        budget=budget,
+        layers=layers,
+        finetune_epochs=epochs,
+        device=device,
+    )
+
+
+def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:
+    """``data`` with its labels in the order of a trained head's classes.
+
+    A head for other labels is an InputError, unless the run fine-tunes on purpose: then it gets a new head.
+    """
+    try:
+        return check_labels(data, config)
+    except InputError as error:
+        if options.finetune_epochs:
+            return data
+        raise InputError(f"{error}; or pass --finetune-epochs to train a new head") from None
+
+
+def weights_fingerprint(model: str) -> str:
+    """Names, sizes and first megabyte of a local model's weight files; the name of a Hub model."""
+    path = Path(resolve_model(model))
+    if not path.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) + [path / "config.json"]:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()

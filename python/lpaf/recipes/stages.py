@@ -1,0 +1,69 @@
+"""Finished training stages, each under a key made of everything that decides it, so that runs can share them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def stage_key(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits for JSON-able ``settings``, the same on every machine."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class StageStore:
+    """A folder of finished stages: tensors and a record of each.
+
+    Args:
+        directory: made when the first stage is stored; None keeps nothing.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the stage is kept."""
+        return self.directory / f"{stage}-{key}"
+
+    @contextmanager
+    def claim(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the stage: another run that needs it waits until this one has stored it or has ended."""
+        if self.directory is None:
+            yield
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / f"{stage}-{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def load(self, stage: str, key: str) -> tuple[Tensors, Any] | None:
+        """(tensors, record) of a stored stage, or None."""
+        if self.directory is None or not self.path(stage, key).is_dir():
+            return None
+        path = self.path(stage, key)
+        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+        return load_file(path / "tensors.safetensors"), record
+
+    def store(self, stage: str, key: str, tensors: Tensors, record: Any) -> None:
+        """Keep a stage; it is there whole or not at all."""
+        if self.directory is None:
+            return
+        staged = self.directory / f".{stage}-{key}.{os.getpid()}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / "tensors.safetensors")
+        (staged / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        staged.rename(self.path(stage, key))
