@@ -19,8 +19,9 @@ from .errors import InputError
 
 T = TypeVar("T")
 
-#: how long a process waits for the others, which may be downloading or writing; one that dies is noticed at once
-PATIENCE = timedelta(hours=2)
+#: how long a process waits for one that downloads, writes, or waits for a stage of another run; the launcher ends all
+#: at once when one dies
+PATIENCE = timedelta(days=1)
 #: what a launcher tells every process
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: accelerate's switches for what splits a model over processes -> its name
@@ -150,15 +151,17 @@ def from_main(compute: Callable[[], T]) -> T:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """A block that one process of every machine runs before the others: what it downloads is there for them."""
-    if process_place()[1] == 1:
-        yield
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
-        with together():
-            yield
-    else:
+    """A block that one process of every machine runs before the others: what it downloads is there for them.
+
+    A failure in one is a failure in all.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
         exchange()
+    with together():
         yield
+    if first:
+        exchange()
 
 
 def first_to_fail() -> bool:
