@@ -416,8 +416,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not processes.is_main():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             parsed = build_parser(command).parse_args(arguments)
-            if processes.launched() and command not in SHARED_COMMANDS:
-                raise InputError(f"{os.environ['WORLD_SIZE']} processes: it runs in one; start it without a launcher")
+            if processes.process_place()[1] > 1 and command not in SHARED_COMMANDS:
+                raise InputError("runs in one process; start it without a launcher")
             _quiet_transformers()
             parsed.run(parsed)
         except InputError as error:

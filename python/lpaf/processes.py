@@ -36,8 +36,8 @@ FAILURES = "lpaf/failures"
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    """Whether a launcher started this process, which accelerate then trains as one of a group, be it of one."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def start() -> None:
@@ -52,8 +52,8 @@ def start() -> None:
         missing = [name for name in PLACE if name not in os.environ]
         if missing:
             raise InputError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; start the processes with "
-                "torchrun or accelerate launch"
+                f"LOCAL_RANK or WORLD_SIZE is set, but {', '.join(missing)} not; start processes with torchrun or "
+                "accelerate launch, or unset it"
             )
         gpus = torch.cuda.device_count()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lpaf_kernels import MixedRankLinear
+
 from ..errors import TrainingDivergedError
-from ..processes import exchange, from_main, process_place, together
+from ..processes import exchange, from_main, launched, process_place, together
 from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
 
@@ -213,6 +216,20 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def leaves_out(model: nn.Module, tokenizer: Any, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether some step leaves trained parameters without a gradient: a model that does not use all of its own, factors
+    that give way to their sparse matrix."""
+    if any(isinstance(module, MixedRankLinear) for module in model.modules()):
+        return True
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in tokenizer.model_input_names if name in batch}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng():
+        outputs = model(**inputs)
+    total = sum(value.float().sum() for value in outputs.values() if torch.is_tensor(value))
+    return any(grad is None for grad in torch.autograd.grad(total, trained, allow_unused=True))
+
+
 def train_stage(
     stage: str,
     model: nn.Module,
@@ -238,6 +255,7 @@ def train_stage(
     """
     updates = options.updates(len(dataset))
     process, processes = process_place()
+    collate = Collator(tokenizer, objective.problem)
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=updates,
@@ -257,8 +275,7 @@ def train_stage(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=options.device != "cpu",
-        # a factor that gave way to its sparse matrix has no gradient in this step
-        ddp_find_unused_parameters=True,
+        ddp_find_unused_parameters=launched() and leaves_out(model, tokenizer, collate([dataset[0]])),
         # what is in buffers (thresholds, sparse matrices) every process computes for itself
         ddp_broadcast_buffers=False,
     )
@@ -271,7 +288,7 @@ def train_stage(
         objective=objective,
         options=options,
         train_dataset=dataset,
-        data_collator=Collator(tokenizer, objective.problem),
+        data_collator=collate,
         callbacks=[*(callbacks or []), ProgressBar(stage)],
     )
     for callback in list(trainer.callback_handler.callbacks):
@@ -280,7 +297,9 @@ def train_stage(
     if process > 0:
         torch.manual_seed(options.seed * 10_007 + process)  # dropout of its own
     checkpoint = from_main(lambda: last_checkpoint(directory) if resume else None)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # accelerate leaves its autocast around forward; the trained model must run as the saved one will.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
