@@ -22,6 +22,7 @@ Compress a transformer by pruning and low-rank factorisation.
   lpaf compress --model DIR --task sst2 --ratio 0.25 --output small
                                     make a small, fast copy of your model
   lpaf evaluate --model small --task sst2
+  lpaf study FILE.toml --output DIR compare methods, sizes and seeds; one table, with tests
   lpaf bench    --model small       latency against the dense original
   lpaf bench    --model DIR --step  what a pruning step costs beside a fine-tuning step
   lpaf tune     --model small       choose the fastest kernels for this GPU by measuring
@@ -347,6 +348,56 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         print(f"pictures in {arguments.pictures}", file=sys.stderr)
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    import tomllib
+
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
+
+
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the study: options, grid, methods (docs/studies.md)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the tables and pictures")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="folder of the runs; studies may share one (default: OUTPUT/runs)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace an entry of [options]; may be given several times",
+    )
+    parser.add_argument("--table-only", action="store_true", help="run nothing: write the table of what is finished")
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    import shlex
+
+    from .recipes.study import study
+
+    result = study(
+        arguments.file,
+        arguments.output,
+        runs=arguments.runs,
+        changes=dict(arguments.changes),
+        table_only=arguments.table_only,
+        command=shlex.join(["lpaf", *sys.argv[1:]]),
+    )
+    output = Path(arguments.output)
+    print((output / "study.md").read_text(encoding="utf-8"))
+    for reason in result["failed"].values():
+        print(f"not done: {reason}", file=sys.stderr)
+    print(f"tables, numbers and pictures in {output}", file=sys.stderr)
+
+
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="directory to write")
     parser.add_argument("--quick", action="store_true", help="a smoke run on a fraction of the data, under 2 minutes")
@@ -361,6 +412,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "compress": (add_compress_options, run_compress, "compress a model for a task"),
+    "study": (add_study_options, run_study, "compare methods, sizes and seeds on one task"),
     "evaluate": (add_evaluate_options, run_evaluate, "score a model on a task"),
     "bench": (add_bench_options, run_bench, "time a model against another, interleaved"),
     "tune": (add_tune_options, run_tune, "choose the fastest kernels for this GPU by measuring"),

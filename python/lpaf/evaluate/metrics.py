@@ -144,22 +144,38 @@ def paired_t(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
         ValueError: the lengths differ or are 0.
     """
     a, b, labels = (array.astype(np.float64) for array in _same_length(a, b, labels))
-    error_a, error_b = (a - labels) ** 2, (b - labels) ** 2
-    gain = error_b - error_a
-    if len(gain) < 2 or np.ptp(gain) == 0:
-        # Constant differences have no variance: t is 0/0 if they are all zero and infinite otherwise.
-        p_value = 1.0 if len(gain) < 2 or gain[0] == 0 else 0.0
-    else:
-        p_value = float(scipy.stats.ttest_rel(error_b, error_a).pvalue)
-    return PairedTest(
-        "paired-t", p_value, float(gain.mean()), int((gain > 0).sum()), int((gain < 0).sum()), len(labels)
-    )
+    return _paired_t(-((a - labels) ** 2), -((b - labels) ** 2))
 
 
 def paired_test(spec: TaskSpec, a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
     """``mcnemar`` for classification, ``paired_t`` for regression; a and b are logits or predictions."""
     test = paired_t if spec.is_regression else mcnemar
     return test(predictions_of(spec, a), predictions_of(spec, b), labels)
+
+
+def paired_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
+    """Paired test of two models' :func:`example_scores` [B]: McNemar's where all are 0 or 1, else a t-test.
+
+    ``difference`` is the mean of a's scores minus b's.
+
+    Raises:
+        ValueError: the lengths differ or are 0.
+    """
+    a, b, _ = (array.astype(np.float64) for array in _same_length(a, b, b))
+    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        return mcnemar(a, b, np.ones_like(a))
+    return _paired_t(a, b)
+
+
+def _paired_t(a: np.ndarray, b: np.ndarray) -> PairedTest:
+    """Paired t-test of scores, of which more is better."""
+    gain = a - b
+    if len(gain) < 2 or np.ptp(gain) == 0:
+        # Constant differences have no variance: t is 0/0 if they are all zero and infinite otherwise.
+        p_value = 1.0 if len(gain) < 2 or gain[0] == 0 else 0.0
+    else:
+        p_value = float(scipy.stats.ttest_rel(a, b).pvalue)
+    return PairedTest("paired-t", p_value, float(gain.mean()), int((gain > 0).sum()), int((gain < 0).sum()), len(gain))
 
 
 def _same_length(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

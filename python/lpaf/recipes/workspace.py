@@ -17,6 +17,10 @@ from ..processes import from_main
 PUBLISHED = "published"
 
 
+class BusyError(InputError):
+    """Another process is writing the output."""
+
+
 class Workspace:
     """Where a run keeps its checkpoints, and how its result appears.
 
@@ -77,7 +81,7 @@ class Workspace:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--output {self.output}: another run is writing it; wait for it to end") from None
+            raise BusyError(f"--output {self.output}: another run is writing it; wait for it to end") from None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.directory / "settings.json"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from lpaf.errors import InputError
-from lpaf.report.figures import INK, MUTED, Picture, _grid, _note, _styled, to_svg
+from lpaf.report.figures import INK, MUTED, Picture, _note, grid, styled, to_svg
 
 Row = Mapping[str, Any]
 
@@ -162,14 +162,14 @@ def speedup_figure(rows: Sequence[Row], baseline: str, axis: str) -> Figure:
     """
     points = [(row, factor) for row, factor in speedups(rows, baseline) if row["direction"] == "forward"]
     shapes = sorted({(row["in"], row["out"]) for row, _ in points}, key=lambda shape: (shape[0] * shape[1], shape))
-    with _styled():
+    with styled():
         if not points:
-            figure, axes = _grid(1, 1, 1.4)
+            figure, axes = grid(1, 1, 1.4)
             _note(axes[0, 0], f"no forward cell has both ours and {baseline}")
             return figure
         columns = min(PANELS_PER_LINE, len(shapes))
         lines = -(-len(shapes) // columns)
-        figure, axes = _grid(lines, columns, 0.95 + 1.75 * lines, sharex=True, sharey=True)
+        figure, axes = grid(lines, columns, 0.95 + 1.75 * lines, sharex=True, sharey=True)
         factors = [factor for _, factor in points]
         low, high = min(*factors, 1.0), max(*factors, 1.0)
         values = sorted({row[axis] for row, _ in points})
@@ -228,8 +228,8 @@ def roofline_figure(rows: Sequence[Row]) -> Figure:
     cells = by_cell(rows).values()
     known = {row["provider"] for row in rows}
     names = [name for name in PROVIDER_STYLES if name in known] + sorted(known - PROVIDER_STYLES.keys())
-    with _styled():
-        figure, axes = _grid(1, len(dtypes), 3.9, sharey=True)
+    with styled():
+        figure, axes = grid(1, len(dtypes), 3.9, sharey=True)
         drawn: dict[str, Any] = {}
         for plot, dtype in zip(axes[0], dtypes, strict=True):
             here = [row for providers in cells for row in providers.values() if row["dtype"] == dtype]

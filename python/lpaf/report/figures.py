@@ -122,12 +122,12 @@ class Picture:
     figure: Figure
 
 
-def _styled() -> AbstractContextManager[None]:
+def styled() -> AbstractContextManager[None]:
     """The shared style, the same whatever the user's own matplotlib settings are."""
     return matplotlib.style.context(["default", STYLE])
 
 
-def _grid(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -173,8 +173,8 @@ def _stage_ranks(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 def rank_distribution(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Histogram of the ranks of all matrices, dense, pruned and compressed (the paper's Figures 1 and 2)."""
     stages = _stage_ranks(per_matrix)
-    with _styled():
-        figure, axes = _grid(1, 1, 2.7)
+    with styled():
+        figure, axes = grid(1, 1, 2.7)
         plot = axes[0, 0]
         if not stages:
             _note(plot, "no ranks were recorded")
@@ -210,12 +210,12 @@ def rank_by_layer(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
     if not shown and stages:
         shown = {stage: stages[stage] for stage in list(stages)[:1]}
         equal.pop(next(iter(shown)))
-    with _styled():
+    with styled():
         if not shown:
-            figure, axes = _grid(1, 1, 1.4)
+            figure, axes = grid(1, 1, 1.4)
             _note(axes[0, 0], "no ranks were recorded")
             return figure
-        figure, axes = _grid(len(shown), 1, 0.7 + len(shown) * (0.45 + 0.25 * len(kinds)))
+        figure, axes = grid(len(shown), 1, 0.7 + len(shown) * (0.45 + 0.25 * len(kinds)))
         for plot, (stage, ranks) in zip(axes[:, 0], shown.items(), strict=True):
             cells = np.full((len(kinds), len(layers)), np.nan)
             plot.grid(False)
@@ -290,13 +290,13 @@ def sparsity_patterns(
     """
     names = [name for name in per_matrix if f"mask.{name}" in analysis]
     names = [names[index] for index in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))]
-    with _styled():
+    with styled():
         if not names:
-            figure, axes = _grid(1, 1, 1.4)
+            figure, axes = grid(1, 1, 1.4)
             _note(axes[0, 0], "no masks were recorded")
             return figure
         masks = [unpack_mask(analysis[f"mask.{name}"], per_matrix[name]["shape"]) for name in names]
-        figure, axes = _grid(2, len(names), 4.1, height_ratios=[1.75, 1])
+        figure, axes = grid(2, len(names), 4.1, height_ratios=[1.75, 1])
         if len(names) < 3:
             figure.set_figwidth(3.9 + 2.1 * (len(names) - 1))
         densities = [block_density(mask) for mask in masks]
@@ -370,8 +370,8 @@ def spectra(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, 
         found = [spectrum_curves(analysis[key]) for key in keys if key in analysis]
         if found:
             curves[stage] = found
-    with _styled():
-        figure, axes = _grid(1, 2, 2.9)
+    with styled():
+        figure, axes = grid(1, 2, 2.9)
         if not curves:
             for plot in axes[0]:
                 _note(plot, "no singular values were recorded")
@@ -425,12 +425,12 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 def training_curves(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Loss and its parts (top) and the schedules (bottom) against the step, one column per stage."""
     stages = {stage: records for stage, records in training.items() if len(records)}
-    with _styled():
+    with styled():
         if not stages:
-            figure, axes = _grid(1, 1, 1.4)
+            figure, axes = grid(1, 1, 1.4)
             _note(axes[0, 0], "nothing was trained")
             return figure
-        figure, axes = _grid(2, len(stages), 3.9, height_ratios=[1.5, 1], sharex="col")
+        figure, axes = grid(2, len(stages), 3.9, height_ratios=[1.5, 1], sharex="col")
         handles: dict[str, Any] = {}
         for column, (stage, records) in enumerate(stages.items()):
             losses, schedule = axes[0, column], axes[1, column]
@@ -491,8 +491,8 @@ def summary_bars(report: Mapping[str, Any]) -> Figure:
     shares.append(("time per batch", None if faster is None else share(1.0, faster)))
     shares.append((metric["name"], share(metric["compressed"], metric["dense"])))
     shown = [(label, value) for label, value in shares if value is not None and value >= 0]
-    with _styled():
-        figure, axes = _grid(1, 1, 0.65 + 0.29 * max(len(shown), 2))
+    with styled():
+        figure, axes = grid(1, 1, 0.65 + 0.29 * max(len(shown), 2))
         plot = axes[0, 0]
         if not shown:
             _note(plot, "nothing to compare with")
@@ -551,7 +551,7 @@ def pictures(report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor]) ->
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG: transparent, without dates, the same bytes for the same figure."""
     buffer = io.BytesIO()
-    with _styled():
+    with styled():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return buffer.getvalue()
 
@@ -559,7 +559,7 @@ def to_svg(figure: Figure) -> bytes:
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG on white, without dates or program versions."""
     buffer = io.BytesIO()
-    with _styled():
+    with styled():
         figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 

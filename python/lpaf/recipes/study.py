@@ -1,0 +1,363 @@
+"""``lpaf study``: a grid of compressions from one file, that resumes, shares stages, and ends in one table.
+
+The file is TOML::
+
+    extends = "sst2.toml"              # sections of another file, which this one's entries go before
+    title = "LPAF against fine-tuned SVD"
+    against = "svd"                    # paired tests are against this one
+
+    [options]                          # of lpaf compress, for every run
+    model = "minilm-l6"
+    task = "sst2"
+    data_dir = "data/sst2"
+
+    [grid]                             # every combination
+    ratio = [0.5, 0.25, 0.16]
+    seed = [0, 1]
+
+    [methods.lpaf]                     # the rows of the table, each with its own options
+    keep = 0.25
+    [methods.svd]
+    method = "svd"
+
+    [tune]                             # tried for every method; the best validation metric wins
+    retrain_lr = [4e-4, 8e-4]
+    [tune.at]                          # where it is tried (default: in every cell, with the first seed)
+    ratio = 0.25
+
+Runs are folders named after their method and a key of their options. What is finished is skipped, what was interrupted
+is resumed, and stages that several runs have in common (fine-tuning, pruning) are made once. Several processes may work
+on one study: a run that another one has in hand is left to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gc
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+import lpaf_kernels
+
+from ..errors import InputError
+from ..report.study import Cell, Outcome, write_study
+from .compress import compress
+from .options import RUN_OPTIONS, CompressOptions
+from .stages import stage_key
+from .workspace import BusyError
+
+REPORT = "report.json"
+WEIGHTS = "model.safetensors"
+SECTIONS = ("extends", "title", "against", "scored", "keep_models", "options", "grid", "methods", "tune")
+SCORED = ("factorized", "compressed")
+#: options that the study sets itself
+OWN = ("output", "stages", "resume", "overwrite", "save_dense")
+BUSY_SECONDS = 5.0
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study as its file has it.
+
+    Args:
+        title: heading of the table.
+        options: options of every run.
+        methods: label -> options of its runs.
+        grid: option -> values; every combination is run. ``seed`` is one of them.
+        tune: option -> values tried for every method.
+        tune_at: grid options fixed while tuning.
+        against: label that the others are tested against.
+        scored: stages that get a table: "compressed", and "factorized" for the model before retraining.
+        keep_models: keep the weights of every run.
+    """
+
+    title: str
+    options: Settings
+    methods: dict[str, Settings]
+    grid: dict[str, list]
+    tune: dict[str, list] = field(default_factory=dict)
+    tune_at: Settings = field(default_factory=dict)
+    against: str | None = None
+    scored: tuple[str, ...] = ("compressed",)
+    keep_models: bool = True
+
+    def cells(self) -> list[Cell]:
+        """Every combination of the grid without the seed, in the order of the file."""
+        names = [name for name in self.grid if name != "seed"]
+        return [tuple(zip(names, values, strict=True)) for values in itertools.product(*(self.grid[n] for n in names))]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of every cell."""
+        return self.grid.get("seed", [self.options.get("seed", 0)])
+
+    def candidates(self) -> list[Settings]:
+        """Every combination of the tuned options; one empty one without tuning."""
+        return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
+
+    def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
+        """The options of one run; those of its method go before ``[options]``."""
+        return self.options | self.methods[label] | dict(cell) | {"seed": seed} | tuned
+
+
+def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFile:
+    """A checked study file; ``changes`` replace entries of ``[options]``.
+
+    Raises:
+        InputError: the file cannot be read, or has a section, option or value that means nothing.
+    """
+    content = _content(path)
+    where = f"study {path}"
+    for name in ("options", "grid", "methods", "tune"):
+        if not isinstance(content.setdefault(name, {}), dict):
+            raise InputError(f"{where}: [{name}] is not a table")
+    tune_at = content["tune"].pop("at", {})
+    grid, tune, methods = content["grid"], content["tune"], content["methods"]
+    if not methods:
+        raise InputError(f"{where}: has no [methods.NAME]; add one table per row")
+    names = [option.name for option in dataclasses.fields(CompressOptions) if option.name not in OWN]
+    for section, options in {"options": content["options"], "grid": grid, "tune": tune, "tune.at": tune_at}.items():
+        _known(f"{where}: [{section}]", options, names)
+    for label, options in methods.items():
+        if not isinstance(options, dict):
+            raise InputError(f"{where}: methods.{label} is not a table of options")
+        _known(f"{where}: [methods.{label}]", options, names)
+        for name in options:
+            if name in tune or name in grid:
+                section = "tune" if name in tune else "grid"
+                raise InputError(f"{where}: {name} is in [methods.{label}] and in [{section}]; leave it out of one")
+    for section, lists in {"grid": grid, "tune": tune}.items():
+        for name, values in lists.items():
+            if not isinstance(values, list) or not values:
+                raise InputError(f"{where}: [{section}] {name} = {values!r}: expected a list of values")
+    for name, value in tune_at.items():
+        if value not in grid.get(name, []):
+            raise InputError(f"{where}: [tune.at] {name} = {value!r} is not in [grid]")
+    against, scored = content.get("against"), content.get("scored", ["compressed"])
+    if against is not None and against not in methods:
+        raise InputError(f"{where}: against = {against!r} is not one of the methods ({', '.join(methods)})")
+    if not isinstance(scored, list) or not scored or set(scored) - set(SCORED):
+        raise InputError(f"{where}: scored = {scored!r}: expected a list out of {', '.join(SCORED)}")
+    study = StudyFile(
+        title=str(content.get("title", path.stem)),
+        options=content["options"] | dict(changes or {}),
+        methods=methods,
+        grid=grid,
+        tune=tune,
+        tune_at=tune_at,
+        against=against,
+        scored=tuple(scored),
+        keep_models=bool(content.get("keep_models", True)),
+    )
+    for label, cell, tuned in itertools.product(study.methods, study.cells(), study.candidates()):
+        _options(study.settings(label, cell, study.seeds[0], tuned), Path("unwritten"), Path("unwritten"), where)
+    return study
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's sections over those of the file that it extends."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"study {path}: cannot be read ({error})") from None
+    _known(f"study {path}", content, SECTIONS)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if path.resolve() in above:
+        raise InputError(f"study {path}: extends itself; leave out one extends")
+    merged = _content(path.parent / str(base), (*above, path.resolve()))
+    for name, value in content.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merged[name] | value if both else value
+    return merged
+
+
+def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)}"
+            raise InputError(f"{where}: {name} is unknown; {hint}")
+
+
+def _options(settings: Settings, directory: Path, stages: Path, where: str) -> CompressOptions:
+    """Options of a run in ``directory``; InputError that begins with ``where``."""
+    for option in dataclasses.fields(CompressOptions):
+        value = settings.get(option.name, option.default)
+        wanted = str(option.type)
+        kinds = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
+        allowed = tuple(itertools.chain(*((k,) if isinstance(k, type) else k for w, k in kinds.items() if w in wanted)))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in wanted):
+            raise InputError(f"{where}: {option.name} = {value!r}: expected {wanted.replace(' | None', '')}")
+    try:
+        return CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compression of a study: what it is called and the options that decide it."""
+
+    label: str
+    cell: Cell
+    seed: int
+    tuned: Settings
+    settings: Settings
+
+    def name(self) -> str:
+        """The run's folder: equal for runs that end with the same weights."""
+        options = CompressOptions(**self.settings, output="unwritten")
+        key = stage_key(options.to_dict(without=RUN_OPTIONS) | {"version": lpaf_kernels.__version__})
+        return f"{options.method}-{key}"
+
+    def __str__(self) -> str:
+        values = {**dict(self.cell), "seed": self.seed, **self.tuned}
+        return " ".join([self.label, *(f"{name}={value}" for name, value in values.items())])
+
+
+class Study:
+    """Works through a study file.
+
+    Args:
+        file: what to run.
+        runs: folder of the runs and of the stages they share; several studies may use one.
+        command: how the study was started, for the reports of the runs.
+    """
+
+    def __init__(self, file: StudyFile, runs: Path, command: str) -> None:
+        self.file, self.runs, self.command = file, runs, command
+        #: runs that ended without a model -> why
+        self.failed: dict[str, str] = {}
+
+    def run(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Run:
+        return Run(label, cell, seed, tuned, self.file.settings(label, cell, seed, tuned))
+
+    def tuning(self, label: str, cell: Cell) -> list[Run]:
+        """The runs among which the tuned options of this cell are chosen."""
+        at = dict(self.file.tune_at)
+        seed = at.pop("seed", self.file.seeds[0])
+        where = tuple((name, at.get(name, value)) for name, value in cell)
+        return [self.run(label, where, seed, tuned) for tuned in self.file.candidates()]
+
+    def chosen(self, label: str, cell: Cell) -> Settings | None:
+        """The tuned options of a cell; None while runs are missing."""
+        runs = self.tuning(label, cell)
+        if len(runs) == 1:
+            return runs[0].tuned
+        if not all(self.ended(run) for run in runs):
+            return None
+        scores = [report["metric"]["compressed"] if (report := self.report(run)) else float("-inf") for run in runs]
+        return runs[scores.index(max(scores))].tuned
+
+    def final(self) -> Iterator[Run]:
+        """The runs of the table, as far as their tuned options are known."""
+        for label, cell in itertools.product(self.file.methods, self.file.cells()):
+            tuned = self.chosen(label, cell)
+            if tuned is not None:
+                for seed in self.file.seeds:
+                    yield self.run(label, cell, seed, tuned)
+
+    def wanted(self) -> list[Run]:
+        """What is still to be run: the tuning first, the rest as soon as it is known."""
+        cells = list(itertools.product(self.file.methods, self.file.cells()))
+        runs = [run for label, cell in cells for run in self.tuning(label, cell)] if self.file.tune else []
+        different = {run.name(): run for run in (*runs, *self.final())}
+        return [run for run in different.values() if not self.ended(run)]
+
+    def ended(self, run: Run) -> bool:
+        """Whether the run has a report, or failed in this session."""
+        return run.name() in self.failed or (self.runs / run.name() / REPORT).is_file()
+
+    def report(self, run: Run) -> dict[str, Any] | None:
+        """The run's report.json, or None."""
+        path = self.runs / run.name() / REPORT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def work(self) -> None:
+        """Run everything that is not finished."""
+        while runs := self.wanted():
+            done = [self.attempt(run, len(runs) - at) for at, run in enumerate(runs)]
+            if not any(done):
+                time.sleep(BUSY_SECONDS)  # all of them are in other hands
+
+    def attempt(self, run: Run, left: int) -> bool:
+        """Do one run; False when another process has it in hand."""
+        if self.ended(run):
+            return True
+        directory = self.runs / run.name()
+        options = _options(run.settings, directory, self.runs / "stages", str(run))
+        print(f"[{left} left] {run}", file=sys.stderr, flush=True)
+        try:
+            compress(options, self.command)
+        except BusyError:
+            return False
+        except InputError as error:
+            if not self.ended(run):  # else another process has just finished it
+                self.failed[run.name()] = f"{run}: {error}"
+                print(self.failed[run.name()], file=sys.stderr)
+        else:
+            if not self.file.keep_models:
+                (directory / WEIGHTS).unlink()
+        gc.collect()
+        return True
+
+    def outcomes(self) -> list[Outcome]:
+        """The finished runs of the table."""
+        return [
+            Outcome(run.label, run.cell, run.seed, run.tuned, self.runs / run.name())
+            for run in self.final()
+            if (self.runs / run.name() / REPORT).is_file()
+        ]
+
+
+def study(
+    path: str,
+    output: str,
+    runs: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    table_only: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Run a study and write its table, figures and numbers.
+
+    Args:
+        path: the TOML file.
+        output: folder of study.md, study.csv, study.json and the pictures; what is there is replaced.
+        runs: folder of the runs. Default: ``output``/runs.
+        changes: entries of ``[options]`` to replace.
+        table_only: run nothing; write the table of what is finished.
+        command: how it was started. Default: ``lpaf study PATH``.
+
+    Returns:
+        What study.json holds.
+
+    Raises:
+        InputError: a bad file, or no run that could be done; single ones that fail are listed under "failed".
+    """
+    file = read_study(Path(path), changes)
+    folder = Path(runs) if runs else Path(output) / "runs"
+    for directory in (Path(output), folder):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {directory}: cannot be made ({error.strerror}); pass another folder") from None
+    work = Study(file, folder, command or f"lpaf study {path}")
+    if not table_only:
+        work.work()
+    outcomes = work.outcomes()
+    if work.failed and not outcomes:
+        raise InputError(next(iter(work.failed.values())))
+    return write_study(Path(output), file.title, outcomes, against=file.against, scored=file.scored, failed=work.failed)
