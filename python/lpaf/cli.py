@@ -422,7 +422,7 @@ COMMANDS = {
 
 
 #: those that torchrun may start; the others time or draw
-SHARED_COMMANDS = ("compress", "evaluate", "demo")
+SHARED_COMMANDS = ("compress", "evaluate", "study", "demo")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -106,21 +106,20 @@ def exchange(value: Any = None, failure: Exception | None = None) -> list:
 
     Raises:
         Exception: ``failure`` itself.
-        InputError, RuntimeError: another process passed a ``failure``: the same text if it was bad input.
+        InputError, RuntimeError: another process passed a ``failure``: bad input as it was, else an error that tells.
     """
     processes = process_place()[1]
     outcomes: list = [None] * processes
     if processes == 1:
         outcomes = [(value, None)]
     else:
-        fault = None if failure is None else (isinstance(failure, InputError), type(failure).__name__, str(failure))
-        dist.all_gather_object(outcomes, (value, fault))
+        told = failure if isinstance(failure, InputError) else failure and f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(outcomes, (value, told))
     if failure is not None:
         raise failure
-    for process, (_, fault) in enumerate(outcomes):
-        if fault is not None:
-            bad_input, kind, text = fault
-            raise InputError(text) if bad_input else RuntimeError(f"process {process} failed ({kind}: {text})")
+    for process, (_, told) in enumerate(outcomes):
+        if told is not None:
+            raise told if isinstance(told, InputError) else RuntimeError(f"process {process} failed ({told})")
     return [value for value, _ in outcomes]
 
 

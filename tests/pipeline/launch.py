@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, which makes a ru
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import multiprocessing
@@ -131,18 +132,39 @@ DEATHS: dict[str, Callable[[], None]] = {
 }
 
 
-def _child(words: list[str], environment: dict[str, str], log: Path, death: str | None, probe: str | None) -> None:
-    gc.freeze()  # what was imported stays: collecting it again and again would take most of the run
-    os.environ.update(environment)
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        import_module("lpaf.report.write").render_html = lambda *_: ""  # its pictures take longer than the run
-        if death is not None:
-            DEATHS[death]()
-        if probe is not None:
-            PROBES[probe]()
-        sys.exit(import_module("lpaf.cli").main(words))
+def poison_loss() -> None:
+    """Make the loss of one update NaN."""
+    from lpaf.retrain.objective import Objective
+
+    honest, calls = Objective.task_loss, []
+
+    def poisoned(self, logits, labels):
+        calls.append(1)
+        return honest(self, logits, labels) * (float("nan") if len(calls) == 5 else 1.0)
+
+    Objective.task_loss = poisoned
+
+
+def fill_disk() -> None:
+    """Let the second checkpoint of fine-tuning meet a full disk."""
+    from lpaf.retrain.trainer import StageTrainer
+
+    save = StageTrainer._save_optimizer_and_scheduler
+
+    def full(self, directory):
+        if self.state.global_step > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, directory)
+
+    StageTrainer._save_optimizer_and_scheduler = full
+
+
+def reverse_batches() -> None:
+    """Let every batch hold its examples in the opposite order: the same sums, added up in another order."""
+    from lpaf.retrain.batches import Collator
+
+    collate = Collator.__call__
+    Collator.__call__ = lambda self, examples: collate(self, examples[::-1])
 
 
 def record_stages() -> None:
@@ -172,8 +194,25 @@ def weights(model) -> dict:
     return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
-#: what a process may do beside its run
-PROBES: dict[str, Callable[[], None]] = {"stages": record_stages}
+#: what else a process can be made to do
+PROBES: dict[str, Callable[[], None]] = {
+    "nan": poison_loss,
+    "full disk": fill_disk,
+    "stages": record_stages,
+    "reversed": lambda: (reverse_batches(), record_stages()),
+}
+
+
+def _child(words: list[str], environment: dict[str, str], log: Path, probe: str | None) -> None:
+    gc.freeze()  # what was imported stays: collecting it again and again would take most of the run
+    os.environ.update(environment)
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        import_module("lpaf.report.write").render_html = lambda *_: ""  # its pictures take longer than the run
+        if probe is not None:
+            (DEATHS | PROBES)[probe]()
+        sys.exit(import_module("lpaf.cli").main(words))
 
 
 def free_port() -> int:
@@ -184,7 +223,11 @@ def free_port() -> int:
 
 
 def launch(
-    words: list[str], log: Path, processes: int = 1, deaths: Mapping[int, str] | None = None, probe: str | None = None
+    words: list[str],
+    log: Path,
+    processes: int = 1,
+    probes: Mapping[int, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[list[int], list[str]]:
     """Run ``lpaf`` in one process, or in several of one group.
 
@@ -192,20 +235,21 @@ def launch(
         words: the command line after ``lpaf``.
         log: beginning of the names of the files that hold what the processes say.
         processes: how many.
-        deaths: process -> where it dies; the others are ended when one dies, as a launcher does.
-        probe: one of :data:`PROBES`.
+        probes: process -> one of :data:`DEATHS` or :data:`PROBES`. The others are ended when one fails, as a launcher
+            does, but have a few seconds to find out for themselves.
+        environment: more variables.
 
     Returns:
         (exit status of every process, minus the signal that ended it; what each has said).
     """
-    common = {"OMP_NUM_THREADS": "1"}
+    common = {"OMP_NUM_THREADS": "1", **(environment or {})}
     if processes > 1:
         common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [log.with_name(f"{log.name}.{rank}") for rank in range(processes)]
     started = []
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        arguments = ([str(word) for word in words], common | place, logs[rank], (deaths or {}).get(rank), probe)
+        arguments = ([str(word) for word in words], common | place, logs[rank], (probes or {}).get(rank))
         started.append(CONTEXT.Process(target=_child, args=arguments))
         started[-1].start()
     by_sentinel = {process.sentinel: process for process in started}

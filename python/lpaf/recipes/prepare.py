@@ -16,7 +16,7 @@ from ..models.checkpoint import is_compressed, load_config, load_dense, load_tok
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
-from ..processes import main_first, process_place, start
+from ..processes import main_first, process_place, start, together
 from .methods import Method, get_method
 from .options import CompressOptions
 from .workspace import check_output, is_published
@@ -54,6 +54,14 @@ def prepare(options: CompressOptions) -> Prepared:
     Joins the group of the processes that a launcher started, if there is one.
     """
     start()
+    with together():
+        method, device = check_options(options)
+    with main_first():
+        return load(options, method, device)
+
+
+def check_options(options: CompressOptions) -> tuple[Method, str]:
+    """The method and the device of a run whose options fit each other, this machine and the number of processes."""
     processes = process_place()[1]
     if options.batch_size % processes:
         raise InputError(
@@ -63,12 +71,12 @@ def prepare(options: CompressOptions) -> Prepared:
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
     check_size(options.rank, options.ratio, options.rank_error)
-    check_output(Path(options.output), options.overwrite or (options.resume and is_published(Path(options.output))))
+    output = Path(options.output)
+    check_output(output, options.overwrite or (options.resume and is_published(output)))
     if options.save_dense is not None:
         # an interrupted run may have written it
         check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
-    with main_first():
-        return load(options, method, device)
+    return method, device
 
 
 def load(options: CompressOptions, method: Method, device: str) -> Prepared:
