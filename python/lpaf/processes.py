@@ -169,8 +169,8 @@ def first_to_fail() -> bool:
         return True
     try:
         return dist.distributed_c10d._get_default_store().add(FAILURES, 1) == 1
-    except RuntimeError:  # the store is gone with the process that held it
-        return True
+    except RuntimeError:  # the store is gone with the main process that held it
+        return False
 
 
 def another_failed() -> bool:

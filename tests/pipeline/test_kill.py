@@ -81,6 +81,9 @@ def kill_and_resume(words: list[str], output: Path, death: str, processes: int =
     assert statuses[victim] == -signal.SIGKILL, said
     if death != "discard":
         assert not output.exists(), "a run that dies leaves no output directory"
+    if death == "prune":
+        statuses, said = launch(words, output.parent / "again", processes)
+        assert (statuses, "--resume" in said[0] + said[-1]) == ([2] * processes, True), "refused unless asked to go on"
     statuses, said = launch([*words, "--resume"], output.parent / "resumed", processes)
     assert statuses == [0] * processes, said
     assert sorted(path.name for path in output.parent.iterdir() if path.is_dir()) == ["out"], "nothing is left behind"
