@@ -161,11 +161,11 @@ def fill_disk() -> None:
 
 
 def reverse_batches() -> None:
-    """Let every batch hold its examples in the opposite order: the same sums, added up in another order."""
-    from lpaf.retrain.batches import Collator
+    """Let every training batch hold its examples in the opposite order: the same sums, added up in another order."""
+    from lpaf.retrain.batches import BatchShare
 
-    collate = Collator.__call__
-    Collator.__call__ = lambda self, examples: collate(self, examples[::-1])
+    batches = BatchShare.__iter__
+    BatchShare.__iter__ = lambda self: (batch[::-1] for batch in batches(self))
 
 
 def record_stages() -> None:
