@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .errors import InputError
 
 DESCRIPTION = """\
@@ -46,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit status 2."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if processes.first_to_fail() else None)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -437,6 +440,10 @@ COMMANDS = {
 }
 
 
+#: those that torchrun may start; the others time or draw
+SHARED_COMMANDS = ("compress", "evaluate", "study", "demo")
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only ``command``'s options are filled in, because listing methods imports the pipeline."""
     parser = Parser(prog="lpaf", description=DESCRIPTION, formatter_class=HelpFormatter)
@@ -468,18 +475,37 @@ def _quiet_transformers() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted).
+
+    Of many processes one speaks: the main one, or the first that fails.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in arguments if word in COMMANDS), None)
-    try:
-        parsed = build_parser(command).parse_args(arguments)
-        _quiet_transformers()
-        parsed.run(parsed)
-    except InputError as error:
-        message = " ".join(str(error).split())
-        print(f"lpaf {command}: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"lpaf {command}: interrupted; --resume continues a compression", file=sys.stderr)
-        return 130
+    with contextlib.ExitStack() as stack:
+        try:
+            processes.start()
+            if not processes.is_main():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            parsed = build_parser(command).parse_args(arguments)
+            if processes.process_place()[1] > 1 and command not in SHARED_COMMANDS:
+                raise InputError("runs in one process; start it without a launcher")
+            _quiet_transformers()
+            parsed.run(parsed)
+        except InputError as error:
+            message = " ".join(str(error).split())
+            return fail(2, f"lpaf {command}: {message}")
+        except KeyboardInterrupt:
+            return fail(130, f"lpaf {command}: interrupted; --resume continues a compression")
+        except RuntimeError:
+            if processes.another_failed():  # and took the connection with it
+                return 2
+            raise
+        processes.stop()
     return 0
+
+
+def fail(status: int, message: str) -> int:
+    """``status``, after ``message`` on stderr, once for all processes."""
+    if processes.first_to_fail():
+        print(message, file=sys.stderr)
+    return status

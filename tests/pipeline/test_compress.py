@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -385,77 +380,6 @@ def test_rank_error_stops_at_break_even_and_says_so(tiny_options, capsys):
 
 
 # resuming -----------------------------------------------------------------------------------------------------------
-
-
-def command_line(options: dict) -> list[str]:
-    words = [sys.executable, "-m", "lpaf", "compress"]
-    for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
-def kill_in(stage: str, words: list[str], work: Path, cwd: Path) -> None:
-    """Start a run and kill -9 it once ``stage`` has written a whole checkpoint."""
-    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list((work / stage).glob("checkpoint-*/complete")):
-        assert process.poll() is None, f"the run ended before {stage} wrote a checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model, tiny_data, tmp_path_factory):
-    """(options, weights) of a run long enough to be killed in two stages."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    options = {
-        "model": tiny_model, "task": "text-classification", "data_dir": tiny_data, "rank": 4, "finetune_epochs": 1,
-        "prune_epochs": 4, "retrain_epochs": 4, "batch_size": 8, "checkpoint_steps": 7, "bench_batch": 2,
-        "bench_length": 16, "max_length": 16, "prune_lr": 1e-3, "retrain_lr": 1e-3,
-    }  # fmt: skip
-    words = command_line(options | {"output": directory / "out"})
-    subprocess.run(words, check=True, cwd=directory, capture_output=True)
-    return options, load_file(directory / "out" / "model.safetensors")
-
-
-@pytest.mark.parametrize("stage", ["prune", "retrain"])
-def test_killed_run_resumes_to_the_same_weights(undisturbed, tmp_path, stage):
-    options, expected = undisturbed
-    words = command_line(options | {"output": tmp_path / "out"})
-    work = tmp_path / ".out.lpaf-work"
-    kill_in(stage, words, work, tmp_path)
-    assert not (tmp_path / "out").exists(), "a run that dies leaves no output directory"
-    refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    resumed = subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert not work.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # six runs one after the other
-@pytest.mark.parametrize(
-    ("pruner", "stages"), [("lottery-ticket", ["round-1", "round-2", "prune"]), ("cap", ["prune"])]
-)
-def test_killed_pruning_resumes_to_the_same_weights(undisturbed, tmp_path, pruner, stages):
-    options = undisturbed[0] | {"pruner": pruner, "prune_epochs": 2, "retrain_epochs": 0.1}
-    if pruner == "lottery-ticket":
-        options |= {"rounds": 2}
-    subprocess.run(command_line(options | {"output": tmp_path / "whole"}), check=True, capture_output=True)
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
-    words = command_line(options | {"output": tmp_path / "out"})
-    for again, stage in enumerate(stages):
-        kill_in(stage, [*words, *(["--resume"] if again else [])], tmp_path / ".out.lpaf-work", tmp_path)
-    resumed = subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_resume_with_other_options_is_refused(tiny_options, tmp_path, capsys):

@@ -24,6 +24,7 @@ from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..processes import is_main
 from .task_data import TaskData, make_task_data
 from .tasks import get_task
 
@@ -332,7 +333,9 @@ def build_docstrings(
     roots = {package: package_root(package) for package in packages}
     wanted = per_package + per_package // 2  # near-duplicates take their share
     examples: list[Docstring] = []
-    bar = tqdm(roots.items(), desc="read docstrings", unit="package", delay=2, leave=False, disable=None)
+    bar = tqdm(
+        roots.items(), desc="read docstrings", unit="package", delay=2, leave=False, disable=not is_main() or None
+    )
     with _collector_paused():
         for package, root in bar:
             examples += _collect(package, root, wanted, seed, sentences, words)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..hub import hub_has_dataset
+from ..processes import is_main
 from . import docstrings
 from .files import SUFFIXES, Row, bad_row, read_rows
 from .spans import SpanOptions, tokenize_questions
@@ -187,7 +188,7 @@ def tokenize(
     features = Features({"labels": Value("float32" if spec.is_regression else "int64"), "length": Value("int64")})
     chunks = []
     starts = range(0, len(dataset), _TOKENIZE_CHUNK)
-    for start in tqdm(starts, desc=description, unit="chunk", delay=2, leave=False, disable=None):
+    for start in tqdm(starts, desc=description, unit="chunk", delay=2, leave=False, disable=not is_main() or None):
         rows = dataset[start : start + _TOKENIZE_CHUNK]
         encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=limit)
         chunk = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}

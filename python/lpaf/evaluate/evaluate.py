@@ -16,6 +16,7 @@ from ..data.spans import span_options
 from ..errors import InputError
 from ..models.checkpoint import load_task_model, load_tokenizer
 from ..models.device import resolve_device
+from ..processes import from_main, main_first, start
 from .metrics import compute_metrics, predictions_of
 from .predict import task_outputs
 
@@ -35,7 +36,7 @@ def evaluate_directory(
     max_answer_length: int | None = None,
     null_threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Metrics of ``model`` on the validation splits of ``task``.
+    """Metrics of ``model`` on the validation splits of ``task``; many processes share the examples out.
 
     Args:
         model: directory (compressed or dense), Hub name or short name of a model with a head for the task.
@@ -55,14 +56,16 @@ def evaluate_directory(
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if predictions and not Path(predictions).resolve().parent.is_dir():
         raise InputError(f"--predictions {predictions}: its folder does not exist")
+    start()
     spec = get_task(task)
     length = spec.max_length if max_length is None else max_length
     given = {"doc_stride": doc_stride, "n_best": n_best, "max_answer_length": max_answer_length}
     spans = span_options(spec, given | {"null_threshold": null_threshold})
-    data = load_task(spec, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
     target = resolve_device(device)
-    loaded = load_task_model(model, spec.problem, fuse=fuse)
-    tokenizer = load_tokenizer(model)
+    with main_first():
+        data = load_task(spec, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
+        loaded = load_task_model(model, spec.problem, fuse=fuse)
+        tokenizer = load_tokenizer(model)
     data = check_labels(data, loaded.config)
     loaded.to(target)
     metrics, lines = {}, []
@@ -73,7 +76,8 @@ def evaluate_directory(
         for index, row in enumerate(prediction_rows(spec, split, outputs, labels)):
             lines.append(json.dumps({"split": name, "index": index, **row}))
     if predictions:
-        Path(predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        from_main(lambda: Path(predictions).write_text(text, encoding="utf-8"))
     examples = {name: len(split) for name, split in data.validation.items()}
     return {"model": model, "task": task, "metrics": metrics, "examples": examples}
 

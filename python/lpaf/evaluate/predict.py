@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..data import TaskSpec
 from ..data.spans import SpanOptions
 from ..models.outputs import PADDING, task_logits
+from ..processes import exchange, is_main, my_share
 from ..retrain.batches import Collator
 from .answers import best_answers
 
@@ -29,7 +30,8 @@ def predict(
 ) -> torch.Tensor:
     """Logits of every example, in the dataset's order.
 
-    Batches are made of examples of similar length, so that little is spent on padding.
+    Batches are made of examples of similar length, so that little is spent on padding. Many processes share the batches
+    out and end with all logits, those that one process would have found.
 
     Args:
         dataset: tokenised examples with a ``length`` column.
@@ -45,13 +47,15 @@ def predict(
     collate = Collator(tokenizer, problem)
     inputs = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
     order = sorted(range(len(dataset)), key=dataset["length"].__getitem__)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows: list[torch.Tensor] = []
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=description, unit="batch", delay=2, leave=False):
-        batch = collate([inputs[index] for index in order[start : start + batch_size]])
+    for indices in tqdm(my_share(batches), desc=description, unit="batch", delay=2, leave=False, disable=not is_main()):
+        batch = collate([inputs[index] for index in indices])
         batch = {name: value.to(device) for name, value in batch.items()}
         rows.append(task_logits(model(**batch), batch.get("attention_mask")).float().cpu())
     model.train(was_training)
+    shares = exchange(rows)
+    rows = [shares[i % len(shares)][i // len(shares)] for i in range(len(batches))]
     # the last batch has the longest windows
     width = rows[-1].shape[-1]
     logits = torch.cat([F.pad(row, (0, width - row.shape[-1]), value=PADDING) for row in rows])

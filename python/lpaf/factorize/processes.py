@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from ..processes import exchange, process_place
+
 Shape = tuple[int, int]
 Results = dict[str, tuple[torch.Tensor, ...]]
 
@@ -14,13 +16,6 @@ Results = dict[str, tuple[torch.Tensor, ...]]
 def eigen_cost(shape: Shape) -> int:
     """What the SVD of a matrix [n, m] costs, up to a factor: n m min(n, m)."""
     return shape[0] * shape[1] * min(shape)
-
-
-def process_place() -> tuple[int, int]:
-    """(rank of this process, number of processes); (0, 1) without ``torch.distributed``."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def share_out(costs: Mapping[str, int], processes: int) -> list[list[str]]:
@@ -61,19 +56,12 @@ def on_all_processes(
     except Exception as error:  # every process has to hear of it before one may leave
         failure = error
     kinds = {name: [(tensor.shape, tensor.dtype) for tensor in tensors] for name, tensors in found.items()}
-    outcomes: list = [None] * processes
-    dist.all_gather_object(outcomes, (kinds, None if failure is None else f"{type(failure).__name__}: {failure}"))
-    if failure is not None:
-        raise failure
-    for process, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise RuntimeError(f"process {process} failed ({message})")
-    for owner, (kinds, _) in enumerate(outcomes):
+    for owner, theirs in enumerate(exchange(kinds, failure)):
         for name in shares[owner]:
             if owner == me:
                 found[name] = tuple(tensor.contiguous() for tensor in found[name])
             else:
-                found[name] = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds[name])
+                found[name] = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in theirs[name])
             for tensor in found[name]:
                 dist.broadcast(tensor, src=owner)
     return found

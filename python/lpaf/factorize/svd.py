@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from lpaf_kernels import LowRankSparseLinear, weighted_singular_values, weighted_svd
 
 from ..models.targets import encoder_linears
-from .processes import Results, eigen_cost, on_all_processes, process_place
+from ..processes import is_main
+from .processes import Results, eigen_cost, on_all_processes
 
 WEIGHTINGS = ("none", "mask", "scores")
 #: Weights that are factorised in one call: the memory that it takes, and how often the progress bar moves.
@@ -110,7 +111,7 @@ class Matrices:
 
         def compute(names: Sequence[str]) -> Results:
             found: Results = {}
-            hidden = process_place()[0] > 0
+            hidden = not is_main()
             with tqdm(total=len(names), desc=description, unit="matrix", delay=2, leave=False, disable=hidden) as bar:
                 for chunk in self.chunks(names):
                     weights = [self.weights[name] for name in chunk]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -11,13 +12,24 @@ from ..errors import InputError
 
 
 def resolve_device(device: str | None) -> str:
-    """ "cpu" or "cuda"; None takes a GPU if there is one. InputError for a device this machine does not have."""
+    """ "cpu" or "cuda", which is the GPU of this process; None takes a GPU if there is one.
+
+    InputError for a device that this machine, or this process of several, does not have.
+    """
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # accelerate launch --cpu
+        held = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        device = "cuda" if torch.cuda.is_available() and not held else "cpu"
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no NVIDIA GPU; pass --device cpu")
+    mine, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device == "cuda" and mine >= gpus:
+        raise InputError(
+            f"--device cuda: process {mine} of this machine has no GPU ({gpus} in all); start as many processes as "
+            "there are GPUs, or pass --device cpu"
+        )
     return device
 
 

@@ -40,6 +40,7 @@ from ..models.checkpoint import save_compressed, save_model
 from ..models.count import AUTO, encoder_params, largest_ranks, matrix_shapes, weight_bytes
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
+from ..processes import from_main, is_main, process_place, say
 from ..prune import PRUNERS, Pruner, Surroundings
 from ..report.write import write_report
 from ..retrain import RETRAINERS
@@ -72,7 +73,10 @@ class Compression:
             "weights": weights_fingerprint(options.model),
             "version": lpaf_kernels.__version__,
         }
-        settings = options.to_dict(without=RUN_OPTIONS) | self.sources
+        processes = process_place()[1]
+        settings = options.to_dict(without=RUN_OPTIONS) | self.sources | {"processes": processes}
+        if processes > 1:
+            self.sources["processes"] = processes  # each draws dropout of its own
         if options.rank == AUTO or options.rank_error is not None:
             settings["force"] = options.force  # decides how large ranks may become
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -115,7 +119,7 @@ class Compression:
                 self.details[stage][name] = compute_metrics(spec, outputs, labels)
                 scores = example_scores(spec, outputs, labels)
                 self.examples[f"{stage}.{name}"] = torch.from_numpy(scores)
-        print(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}", file=sys.stderr)
+        say(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}")
         return self.details[stage]
 
     def metric(self, stage: str, name: str | None = None) -> float | None:
@@ -179,7 +183,8 @@ class Compression:
             if kept is None:
                 tensors = work()
                 self.stages.store(stage, key, tensors | _prefixed("examples", self.examples), self.records())
-                shutil.rmtree(self.workspace.stage(stage), ignore_errors=True)
+                if is_main():
+                    shutil.rmtree(self.workspace.stage(stage), ignore_errors=True)
                 return tensors
         tensors, record = kept
         for name, values in record.items():
@@ -256,7 +261,7 @@ class Compression:
             scores = pruner.detach(model)
             weights = [linear.weight for linear in encoder_linears(model).values()]
             kept = int(sparsity_statistics(weights)[:, 0].sum()) / sum(weight.numel() for weight in weights)
-            print(f"pruned: {kept:.1%} of the encoder's weights are kept", file=sys.stderr)
+            say(f"pruned: {kept:.1%} of the encoder's weights are kept")
             self.evaluate("pruned", model)
             return _cloned_state(model) | _prefixed("scores", scores)
 
@@ -291,10 +296,9 @@ class Compression:
         asked = {name: max(rank_for_error(values, self.options.rank_error), 1) for name, values in spectra.items()}
         above = sum(asked[name] > largest[name] for name in asked)
         if above:
-            print(
+            say(
                 f"--rank-error {self.options.rank_error:g}: {above} of {len(asked)} matrices would need more than "
-                "their break-even rank, stay there and miss it; --force gives them what they need",
-                file=sys.stderr,
+                "their break-even rank, stay there and miss it; --force gives them what they need"
             )
         return {name: min(asked[name], largest[name]) for name in asked}
 
@@ -348,7 +352,7 @@ class Compression:
         """
         dense = self.finetune()
         if self.options.save_dense is not None:
-            save_model(dense, self.prepared.tokenizer, Path(self.options.save_dense))
+            from_main(lambda: save_model(dense, self.prepared.tokenizer, Path(self.options.save_dense)))
         train_set = self.with_teacher(dense)
         sparse = copy.deepcopy(dense)
         if self.options.freeze_embeddings:
@@ -366,9 +370,13 @@ class Compression:
             name: self.shrink(sparse, scores, train_set, rank, suffix=f"-{name}")[0]
             for name, rank in (controls or {}).items()
         }
-        report, analysis = run_record(self, dense, model, factorized, others)
-        self.publish(model, report, analysis)
-        return model, report
+
+        def finish() -> dict[str, Any]:
+            report, analysis = run_record(self, dense, model, factorized, others)
+            self.publish(model, report, analysis)
+            return report
+
+        return model, from_main(finish)
 
     def shrink(
         self,

@@ -17,10 +17,11 @@ from ..models.checkpoint import is_compressed, load_config, load_dense, load_tok
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
+from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
 from .methods import Method, get_method
 from .options import CompressOptions, answer_fields
-from .workspace import check_output
+from .workspace import check_output, is_published
 
 
 @dataclass
@@ -52,14 +53,38 @@ def default_mixed_rank_p(ratio: float) -> float:
 
 
 def prepare(options: CompressOptions) -> Prepared:
-    """Check everything that can be checked before anything is written, cheapest first."""
+    """Check everything that can be checked before anything is written, cheapest first.
+
+    Joins the group of the processes that a launcher started, if there is one.
+    """
+    start()
+    with together():
+        method, device = check_options(options)
+    with main_first():
+        return load(options, method, device)
+
+
+def check_options(options: CompressOptions) -> tuple[Method, str]:
+    """The method and the device of a run whose options fit each other, this machine and the number of processes."""
+    processes = process_place()[1]
+    if options.batch_size % processes:
+        raise InputError(
+            f"--batch-size {options.batch_size}: {processes} processes share a batch out evenly; pass a multiple of "
+            f"{processes}"
+        )
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
     check_size(options.rank, options.ratio, options.rank_error)
-    check_output(Path(options.output), options.overwrite)
+    output = Path(options.output)
+    check_output(output, options.overwrite or (options.resume and is_published(output)))
     if options.save_dense is not None:
         # an interrupted run may have written it
         check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
+    return method, device
+
+
+def load(options: CompressOptions, method: Method, device: str) -> Prepared:
+    """Data, tokenizer and model of a run, checked against each other and the size asked for."""
     spec = get_task(options.task)
     max_length = options.max_length or spec.max_length
     spans = span_options(spec, {name: getattr(options, name) for name in answer_fields()})

@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from ..processes import from_main
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,7 +27,7 @@ def stage_key(settings: Mapping[str, Any]) -> str:
 
 
 class StageStore:
-    """A folder of finished stages: tensors and a record of each.
+    """A folder of finished stages: tensors and a record of each. Of many processes the main one writes.
 
     Args:
         directory: made when the first stage is stored; None keeps nothing.
@@ -44,14 +46,18 @@ class StageStore:
         if self.directory is None:
             yield
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / f"{stage}-{key}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            from_main(lambda: self._lock(stage, key, held))
             yield
+
+    def _lock(self, stage: str, key: str, held: ExitStack) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((self.directory / f"{stage}-{key}.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
     def load(self, stage: str, key: str) -> tuple[Tensors, Any] | None:
         """(tensors, record) of a stored stage, or None."""
-        if self.directory is None or not self.path(stage, key).is_dir():
+        if self.directory is None or not from_main(self.path(stage, key).is_dir):
             return None
         path = self.path(stage, key)
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
@@ -59,11 +65,13 @@ class StageStore:
 
     def store(self, stage: str, key: str, tensors: Tensors, record: Any) -> None:
         """Keep a stage; it is there whole or not at all."""
-        if self.directory is None:
-            return
-        staged = self.directory / f".{stage}-{key}.{os.getpid()}"
+        if self.directory is not None:
+            from_main(lambda: self._write(self.path(stage, key), tensors, record))
+
+    def _write(self, path: Path, tensors: Tensors, record: Any) -> None:
+        staged = path.parent / f".{path.name}.{os.getpid()}"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / "tensors.safetensors")
         (staged / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        staged.rename(self.path(stage, key))
+        staged.rename(path)

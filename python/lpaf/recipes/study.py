@@ -37,7 +37,6 @@ import difflib
 import gc
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +48,7 @@ import tomllib
 import lpaf_kernels
 
 from ..errors import InputError
+from ..processes import from_main, is_main, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
 from .options import RUN_OPTIONS, CompressOptions
@@ -288,28 +288,28 @@ class Study:
 
     def work(self) -> None:
         """Run everything that is not finished."""
-        while runs := self.wanted():
+        while runs := from_main(self.wanted):
             done = [self.attempt(run, len(runs) - at) for at, run in enumerate(runs)]
             if not any(done):
                 time.sleep(BUSY_SECONDS)  # all of them are in other hands
 
     def attempt(self, run: Run, left: int) -> bool:
         """Do one run; False when another process has it in hand."""
-        if self.ended(run):
+        if from_main(lambda: self.ended(run)):
             return True
         directory = self.runs / run.name()
         options = _options(run.settings, directory, self.runs / "stages", str(run))
-        print(f"[{left} left] {run}", file=sys.stderr, flush=True)
+        say(f"[{left} left] {run}")
         try:
             compress(options, self.command)
         except BusyError:
             return False
         except InputError as error:
-            if not self.ended(run):  # else another process has just finished it
+            if not from_main(lambda: self.ended(run)):  # else another study has just finished it
                 self.failed[run.name()] = f"{run}: {error}"
-                print(self.failed[run.name()], file=sys.stderr)
+                say(self.failed[run.name()])
         else:
-            if not self.file.keep_models:
+            if is_main() and not self.file.keep_models:
                 (directory / WEIGHTS).unlink()
         gc.collect()
         return True
@@ -347,6 +347,7 @@ def study(
     Raises:
         InputError: a bad file, or no run that could be done; single ones that fail are listed under "failed".
     """
+    start()
     file = read_study(Path(path), changes)
     folder = Path(runs) if runs else Path(output) / "runs"
     for directory in (Path(output), folder):
@@ -357,7 +358,12 @@ def study(
     work = Study(file, folder, command or f"lpaf study {path}")
     if not table_only:
         work.work()
-    outcomes = work.outcomes()
+    return from_main(lambda: results(work, Path(output)))
+
+
+def results(work: Study, output: Path) -> dict[str, Any]:
+    """Write what is finished; InputError where that is nothing."""
+    outcomes, file = work.outcomes(), work.file
     if work.failed and not outcomes:
         raise InputError(next(iter(work.failed.values())))
-    return write_study(Path(output), file.title, outcomes, against=file.against, scored=file.scored, failed=work.failed)
+    return write_study(output, file.title, outcomes, against=file.against, scored=file.scored, failed=work.failed)

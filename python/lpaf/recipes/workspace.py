@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..processes import from_main
+
+#: file of the work directory: the output is the finished run's
+PUBLISHED = "published"
 
 
 class BusyError(InputError):
@@ -21,7 +25,8 @@ class Workspace:
     """Where a run keeps its checkpoints, and how its result appears.
 
     Everything is written to ``.NAME.lpaf-work`` beside the output. The output directory itself appears in one rename
-    when it is complete; a run that dies leaves the work directory, from which ``--resume`` goes on.
+    when it is complete; a run that dies leaves the work directory, from which ``--resume`` goes on. Of many processes
+    the main one writes; all others find its checkpoints here.
 
     Args:
         output: directory to write in the end.
@@ -32,17 +37,20 @@ class Workspace:
 
     Raises:
         InputError: output exists, is not writable or the disk is too full; an interrupted run is in the way or has
-        other
-            settings.
+            other settings.
     """
 
     def __init__(
         self, output: Path, settings: dict[str, Any], resume: bool, overwrite: bool, bytes_needed: int = 0
     ) -> None:
         self.output = output
-        self.directory = output.parent / f".{output.name}.lpaf-work"
-        self.overwrite = overwrite
-        check_output(output, overwrite)
+        self.directory = work_directory(output)
+        self.resuming = from_main(lambda: self._open(settings, resume, overwrite, bytes_needed))
+
+    def _open(self, settings: dict[str, Any], resume: bool, overwrite: bool, bytes_needed: int) -> bool:
+        """Hold the work directory; whether an interrupted run goes on in it."""
+        output = self.output
+        check_output(output, overwrite or (resume and is_published(output)))
         if self.directory.exists():
             self._lock()
         if self.directory.exists() and not resume:
@@ -51,9 +59,9 @@ class Workspace:
                     f"--output {output}: an interrupted run is in {self.directory}; pass --resume to continue it, or "
                     "--overwrite to start again"
                 )
-            shutil.rmtree(self.directory)
-        self.resuming = self.directory.exists()
-        if self.resuming:
+            self._discard()
+        resuming = self.directory.exists()
+        if resuming:
             self._check_settings(settings)
         free = shutil.disk_usage(_existing_parent(output)).free
         if free < bytes_needed:
@@ -62,9 +70,10 @@ class Workspace:
                 "checkpoints and output; free some space, or pass --checkpoint-steps 0"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.resuming:
+        if not resuming:
             self._lock()
             self._write_json("settings.json", settings)
+        return resuming
 
     def _lock(self) -> None:
         """Hold the work directory until this process ends, however it ends."""
@@ -93,6 +102,13 @@ class Workspace:
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         temporary.replace(self.directory / name)
 
+    def _discard(self) -> None:
+        """Remove the work directory in one rename: nothing resumes from half of it."""
+        doomed = self.directory.with_name(f"{self.directory.name}.discarded")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
     def stage(self, name: str) -> Path:
         """The folder of one training stage's checkpoints."""
         path = self.directory / name
@@ -109,8 +125,19 @@ class Workspace:
                 self.output.rename(old)
             else:
                 self.output.rmdir()
+        (self.directory / PUBLISHED).touch()
         staged.rename(self.output)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._discard()
+
+
+def work_directory(output: Path) -> Path:
+    """Where a run that will write ``output`` works."""
+    return output.parent / f".{output.name}.lpaf-work"
+
+
+def is_published(output: Path) -> bool:
+    """Whether ``output`` is that of a run which died while it cleared its work directory away."""
+    return (work_directory(output) / PUBLISHED).is_file()
 
 
 def _existing_parent(path: Path) -> Path:
@@ -142,6 +169,7 @@ def explain_os_error(error: Exception, output: Path) -> InputError | None:
     )
     if full:
         return InputError(f"--output {output}: disk full while writing; free some space and continue with --resume")
-    if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"--output {output}: not writable ({os.strerror(error.errno)}); pass another directory")
+    for reason in map(os.strerror, (errno.EACCES, errno.EROFS, errno.EPERM)):
+        if reason in text:  # of this process, or told by another
+            return InputError(f"--output {output}: not writable ({reason}); pass another directory")
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from ..models.outputs import PADDING
 
@@ -50,6 +50,37 @@ class LengthGroupedSampler(Sampler[int]):
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[index]
         yield from short
+
+
+class BatchShare(Sampler[list[int]]):
+    """What one of several processes takes of every batch, so that together they train on the batches of one process.
+
+    Every n-th example, because a batch is sorted by length in parts. A last batch with fewer examples than processes
+    leaves some without any: they run its first example and weigh it with 0.
+
+    Args:
+        sampler: the examples in their order, the same in every process.
+        batch_size: examples of a whole batch.
+        process, processes: which share, of how many.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, process: int = 0, processes: int = 1) -> None:
+        self.batches = BatchSampler(sampler, batch_size, drop_last=False)
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.process :: self.processes] or batch[:1]
+
+    def weight(self, index: int) -> float:
+        """By what the mean over this share of batch ``index`` counts in the mean of all processes' means."""
+        size = self.batches.batch_size
+        whole = min(size, len(self.batches.sampler) - index * size)
+        mine = len(range(self.process, whole, self.processes))
+        return self.processes * mine / whole
 
 
 class Collator:

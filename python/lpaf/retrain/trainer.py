@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lpaf_kernels import MixedRankLinear
+
 from ..errors import TrainingDivergedError
 from ..models.outputs import task_logits
-from .batches import Collator, LengthGroupedSampler
+from ..processes import exchange, from_main, launched, process_place, together
+from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
 
 COMPLETE = "complete"
@@ -37,7 +42,7 @@ class TrainOptions:
         epochs: passes over the data; fractions allowed.
         learning_rate: peak rate of AdamW; linear warm-up, then linear decay to 0.
         score_learning_rate: peak rate of pruning scores.
-        batch_size: examples per update.
+        batch_size: examples per update, of all processes together.
         warmup: share of the updates in the warm-up. Default: 0.06.
         weight_decay: AdamW's, not on biases, norms and scores. Default: 0.01.
         max_grad_norm: joint clip of all gradients. Default: 1.
@@ -98,12 +103,20 @@ class StageTrainer(Trainer):
 
     # data ------------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.world_size
-        per_epoch = math.ceil(len(dataset) / batch)
-        return LengthGroupedSampler(
-            dataset["length"], batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's share of every batch; accelerate's own split would fill the last batch up with examples of
+        the first."""
+        lengths, batch = self.train_dataset["length"], self.options.batch_size
+        per_epoch = math.ceil(len(lengths) / batch)
+        sampler = LengthGroupedSampler(
+            lengths, batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
+        )
+        self.share = BatchShare(sampler, batch, *process_place())
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.share,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     # optimisation ----------------------------------------------------------------------------------------------------
@@ -130,8 +143,11 @@ class StageTrainer(Trainer):
             added = term(model, outputs, batch)
             loss = loss + sum(added.values())
             parts |= {name: value.detach() for name, value in added.items()}
+        # Gradients and logs are the means over the processes, whose shares of a short batch differ.
+        weight = self.share.weight(self.state.global_step % len(self.share))
+        loss = weight * loss
         for name, part in parts.items():
-            self._parts.setdefault(name, []).append(part)
+            self._parts.setdefault(name, []).append(weight * part)
         return (loss, outputs) if return_outputs else loss
 
     # divergence ------------------------------------------------------------------------------------------------------
@@ -145,9 +161,9 @@ class StageTrainer(Trainer):
         return loss
 
     def check_diverged(self) -> None:
-        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite (synchronises the
-        device)."""
-        if self._diverged is None or not bool(self._diverged):
+        """Raise TrainingDivergedError when a loss since the last check was NaN or infinite in any process
+        (synchronises the device)."""
+        if self._diverged is None or not any(exchange(bool(self._diverged))):
             return
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
@@ -161,7 +177,8 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_diverged()
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            parts = exchange({name: float(torch.stack(values).mean()) for name, values in self._parts.items()})
+            logs |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
             for callback in self.callback_handler.callbacks:
                 logs |= getattr(callback, "progress", {})
         self._parts.clear()
@@ -170,7 +187,8 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Save, mark the checkpoint as complete, and only then drop the older ones."""
         self.check_diverged()
-        super()._save_checkpoint(model, trial)
+        with together():  # every process adds the state of its random numbers
+            super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
         directory = Path(self.args.output_dir)
@@ -219,6 +237,20 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def leaves_out(model: nn.Module, tokenizer: Any, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether some step leaves trained parameters without a gradient: a model that does not use all of its own, factors
+    that give way to their sparse matrix."""
+    if any(isinstance(module, MixedRankLinear) for module in model.modules()):
+        return True
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in tokenizer.model_input_names if name in batch}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng():
+        outputs = model(**inputs)
+    total = sum(value.float().sum() for value in outputs.values() if torch.is_tensor(value))
+    return any(grad is None for grad in torch.autograd.grad(total, trained, allow_unused=True))
+
+
 def train_stage(
     stage: str,
     model: nn.Module,
@@ -245,10 +277,12 @@ def train_stage(
         TrainingDivergedError: the loss became NaN or infinite.
     """
     updates = options.updates(len(dataset))
+    process, processes = process_place()
+    collate = Collator(tokenizer, objective.problem)
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=updates,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // processes,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=int(options.warmup * updates),
@@ -264,7 +298,12 @@ def train_stage(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=options.device != "cpu",
+        ddp_find_unused_parameters=launched() and leaves_out(model, tokenizer, collate([dataset[0]])),
+        # what is in buffers (thresholds, sparse matrices) every process computes for itself
+        ddp_broadcast_buffers=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU per process: torch's DataParallel would take all
+    arguments.mixed_precision = "bf16" if options.bf16 else "no"  # not what a launcher's configuration says
     trainer = StageTrainer(
         model,
         arguments,
@@ -273,14 +312,18 @@ def train_stage(
         options=options,
         terms=terms,
         train_dataset=dataset.add_column("index", list(range(len(dataset)))) if terms else dataset,
-        data_collator=Collator(tokenizer, objective.problem),
+        data_collator=collate,
         callbacks=[*(callbacks or []), ProgressBar(stage)],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    checkpoint = last_checkpoint(directory) if resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if process > 0:
+        torch.manual_seed(options.seed * 10_007 + process)  # dropout of its own
+    checkpoint = from_main(lambda: last_checkpoint(directory) if resume else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # accelerate leaves its autocast around forward; the trained model must run as the saved one will.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
