@@ -34,7 +34,8 @@ A compressed directory loads in any transformers program after `import lpaf`.
 GROUPS = {
     "what": "what to compress",
     "size": "how small (one of --rank K, --ratio R, --rank auto --ratio R, --rank-error E)",
-    "data": "data (without any of these, GLUE tasks come from the Hub)",
+    "data": "data (without any of these, GLUE and SQuAD come from the Hub)",
+    "answers": "question answering",
     "training": "training",
     "method": "method (each step can be switched off)",
     "running": "running",
@@ -125,16 +126,33 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="task name, as for lpaf compress")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet)")
     parser.add_argument("--validation-file", metavar="FILE", help="file to evaluate on, instead of --data-dir")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens per example")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens per example (default: 384 for questions, else 128)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples per batch")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--predictions", metavar="FILE", help="also write label and logits of every example (jsonl)")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="also write label and logits, or the answer, of every example (jsonl)"
+    )
+    _add_answer_options(parser)
     parser.add_argument("--fuse", action="store_true", help=FUSE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """How questions are answered, as for lpaf compress."""
+    from .recipes.options import CompressOptions, answer_fields, flag
+
+    annotations = typing.get_type_hints(CompressOptions)
+    group = parser.add_argument_group(GROUPS["answers"])
+    for name, field in answer_fields().items():
+        kind, meta = _value_type(annotations[name]), field.metadata
+        group.add_argument(flag(name), type=kind, metavar=meta["metavar"], help=meta["help"])
+
+
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from .evaluate.evaluate import evaluate_directory
+    from .recipes.options import answer_fields
     from .report.terminal import metrics_table, show
 
     result = evaluate_directory(
@@ -147,6 +165,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         predictions=arguments.predictions,
         fuse=arguments.fuse,
+        **{name: getattr(arguments, name) for name in answer_fields()},
     )
     print(json.dumps(result, indent=1)) if arguments.json else show(metrics_table(result["metrics"]))
 

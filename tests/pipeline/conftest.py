@@ -43,11 +43,21 @@ def tiny_options(tiny_model, tiny_data, tmp_path) -> dict:
     }
 
 
+def real_data(name: str, files: str) -> Path:
+    """A folder of data/ in LPAF_TEST_DATA; skips where there is none."""
+    path = Path(os.environ.get("LPAF_TEST_DATA", Path(__file__).parents[3] / "shared")) / "data" / name
+    if not path.is_dir():
+        pytest.skip(f"no {name} files; point LPAF_TEST_DATA at a folder with data/{name}/{files}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def glue_data() -> Path:
     """Folder with GLUE tasks as jsonl, for tests on real text; skips where there is none."""
-    root = Path(os.environ.get("LPAF_TEST_DATA", Path(__file__).parents[3] / "shared"))
-    path = root / "data" / "glue"
-    if not path.is_dir():
-        pytest.skip("no GLUE files; point LPAF_TEST_DATA at a folder with data/glue/TASK/{train,validation}.jsonl")
-    return path
+    return real_data("glue", "TASK/{train,validation}.jsonl")
+
+
+@pytest.fixture(scope="session")
+def squad_data() -> Path:
+    """Folder with questions in SQuAD's format, for tests on real text; skips where there is none."""
+    return real_data("squad", "{train,validation}.json")

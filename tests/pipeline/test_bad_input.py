@@ -16,8 +16,12 @@ from transformers import AutoModelForSequenceClassification
 
 import lpaf
 from lpaf.cli import main
+from lpaf.errors import InputError
 from lpaf.models.checkpoint import load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
+from lpaf.recipes.methods import get_method
+from lpaf.recipes.options import CompressOptions
+from lpaf.recipes.prepare import check_pruner_task
 from lpaf_kernels import swap_linears
 from tiny import sentences, write_model, write_rows
 
@@ -97,6 +101,22 @@ CASES = {
     "hard pruning of nothing": ({"--hard-pruning": True, "--method": "svd"}, ("--hard-pruning", "--method svd")),
     "hard pruning without pruning": ({"--hard-pruning": True, "--no-prune": True}, ("--hard-pruning", "--no-prune")),
     "hard pruning's scores": ({"--hard-pruning": True, "--score-init": "1"}, ("--score-init", "--hard-pruning")),
+    "unknown pruner": ({"--pruner": "wanda"}, ("--pruner", "'wanda'", "lottery-ticket")),
+    "pruner of nothing": ({"--pruner": "cap", "--method": "svd"}, ("--pruner cap", "--method svd")),
+    "pruner without pruning": ({"--pruner": "cap", "--no-prune": True}, ("--pruner cap", "--no-prune")),
+    "hard pruning by magnitude": ({"--hard-pruning": True, "--pruner": "magnitude"}, ("--hard-pruning", "magnitude")),
+    "soft pruning to a share": ({"--pruner": "soft-movement", "--keep": "0.3"}, ("--keep", "movement", "ignore")),
+    "threshold of movement": ({"--threshold": "0.2"}, ("--threshold", "--pruner soft-movement", "movement would")),
+    "rounds of nothing": ({"--rounds": "2", "--method": "svd"}, ("--rounds", "lottery-ticket", "--method svd")),
+    "rates of one-shot pruning": ({"--pruner": "magnitude", "--prune-lr": "1"}, ("--prune-lr", "magnitude would")),
+    "scores of magnitude": ({"--pruner": "gradual-magnitude", "--score-lr": "1"}, ("--score-lr", "movement")),
+    "warm-up of a ticket": (
+        {"--pruner": "lottery-ticket", "--prune-warmup": "0.2"},
+        ("--prune-warmup", "ticket would"),
+    ),
+    "threshold 1": ({"--pruner": "soft-movement", "--threshold": "1"}, ("--threshold 1", "(0, 1)")),
+    "negative penalty": ({"--pruner": "soft-movement", "--penalty": "-1"}, ("--penalty -1", "0 or more")),
+    "no rounds": ({"--pruner": "lottery-ticket", "--rounds": "0"}, ("--rounds 0", "above 0")),
     "batch size 0": ({"--batch-size": "0"}, ("--batch-size 0", "above 0")),
     "negative epochs": ({"--retrain-epochs": "-1"}, ("--retrain-epochs -1",)),
     "distillation weight": ({"--distill": "2"}, ("--distill 2", "[0, 1]")),
@@ -104,6 +124,13 @@ CASES = {
     "unknown weighting": ({"--weighting": "fisher"}, ("--weighting", "scores")),
     "unknown device": ({"--device": "tpu"}, ("--device tpu", "cpu or cuda")),
     "text longer than the model": ({"--max-length": "4096"}, ("--max-length 4096", "32")),
+    "window of a classifier": ({"--doc-stride": "4"}, ("--doc-stride", "question answering", "text-classification")),
+    "answers of no length": ({"--task": "squad", "--max-answer-length": "0"}, ("--max-answer-length 0", "at least 1")),
+    "threshold where all have answers": (
+        {"--task": "squad", "--null-threshold": "1"},
+        ("--null-threshold", "squad_v2"),
+    ),
+    "rows without questions": ({"--task": "squad"}, ("--data-dir", "train.jsonl: line 1", "'question' is missing")),
     "unknown option": ({"--colour": "blue"}, ("--colour",)),
     "missing option": ({"--output": None}, ("--output",)),
 }
@@ -121,6 +148,24 @@ def test_bad_argument_is_refused(name, base, capsys, tmp_path):
 def test_cuda_without_a_gpu_is_refused(base, capsys, tmp_path):
     refused(capsys, ["compress", *words(base | {"--device": "cuda"})], "--device cuda", "--device cpu")
     nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("pruner", ["lottery-ticket", "cap"])
+def test_pruners_that_look_back_want_a_pretrained_model(pruner, base, tiny_model, capsys, tmp_path):
+    dense = AutoModelForSequenceClassification.from_pretrained(tiny_model, label2id={"0": 0, "1": 1})
+    dense.save_pretrained(tmp_path / "dense")
+    load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "dense")
+    options = base | {"--model": tmp_path / "dense", "--pruner": pruner}
+    del options["--finetune-epochs"]
+    refused(capsys, ["compress", *words(options)], f"--pruner {pruner}", "pre-trained")
+    nothing_written(tmp_path, {"dense"})
+
+
+def test_cap_is_for_sentences():
+    method = get_method("lpaf").with_options(CompressOptions("m", "squad", "out", pruner="cap"))
+    spec = namedtuple("Spec", "problem")("question-answering")
+    with pytest.raises(InputError, match="--pruner cap: contrasts sentences"):
+        check_pruner_task(method, namedtuple("Data", "spec")(spec), 1.0)
 
 
 # models -------------------------------------------------------------------------------------------------------------

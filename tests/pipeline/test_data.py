@@ -99,7 +99,10 @@ def config(*names):
 
 def test_registry_covers_glue_and_own_data():
     glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
-    assert list(TASKS) == [*glue, "text-classification", "text-regression", "docstrings"]
+    own = ["text-classification", "text-regression", "question-answering"]
+    assert list(TASKS) == [*glue, "squad", "squad_v2", *own, "docstrings"]
+    assert TASKS["squad"].hub == ("rajpurkar/squad", "plain_text")
+    assert [task.name for task in TASKS.values() if task.unanswerable] == ["squad_v2"]
     assert all(TASKS[name].hub == ("nyu-mll/glue", name) for name in glue)
     assert TASKS["mnli"].validation_splits == ("validation_matched", "validation_mismatched")
     assert TASKS["mnli"].labels == ("entailment", "neutral", "contradiction")

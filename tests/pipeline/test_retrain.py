@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from lpaf.factorize import SVDFactorizer
-from lpaf.models.checkpoint import load_dense
+from lpaf.models.checkpoint import load_dense, load_tokenizer
+from lpaf.models.outputs import PADDING, task_logits
 from lpaf.retrain import MixedRank, Objective
-from lpaf.retrain.batches import LengthGroupedSampler
+from lpaf.retrain.batches import Collator, LengthGroupedSampler
 from lpaf_kernels import MixedRankLinear, draw_paths
 from tiny import write_model
 
@@ -137,3 +139,46 @@ def test_draws_follow_p():
         draws += [z for module in model for z in module.paths]
     mean = sum(draws) / len(draws)
     assert abs(mean - 0.3) < 4 * math.sqrt(0.21 / len(draws))
+
+
+# question answering -------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_two_classifications_over_positions():
+    torch.manual_seed(0)
+    labels, teacher, logits = torch.tensor([[0, 2], [3, 3]]), torch.randn(2, 2, 5), torch.randn(4, 2, 5)
+    terms = {"distill": 0.3, "consistency": 0.5}
+    loss, parts = Objective("question-answering", **terms)(logits, labels, teacher)
+    sides = [Objective("classification", **terms)(logits[:, at], labels[:, at], teacher[:, at]) for at in (0, 1)]
+    torch.testing.assert_close(loss, (sides[0][0] + sides[1][0]) / 2)
+    for name, part in parts.items():
+        torch.testing.assert_close(part, (sides[0][1][name] + sides[1][1][name]) / 2)
+
+
+def test_padding_of_windows_counts_for_nothing():
+    torch.manual_seed(0)
+    start, end = torch.randn(2, 4, 6, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 4)
+    logits = task_logits(QuestionAnsweringModelOutput(start_logits=start, end_logits=end), mask)
+    labels, teacher = torch.tensor([[0, 2], [3, 3]]), torch.randn(2, 2, 4)
+    objective = Objective("question-answering", distill=0.5, temperature=4.0, consistency=1.0)
+    loss, parts = objective(logits, labels, F.pad(teacher, (0, 2), value=PADDING))
+    shorter, shorter_parts = objective(torch.stack((start, end), 1)[..., :4], labels, teacher)
+    torch.testing.assert_close(loss, shorter)
+    torch.testing.assert_close(parts, shorter_parts)
+    gradient, other = (torch.autograd.grad(value, start, retain_graph=True)[0] for value in (loss, shorter))
+    torch.testing.assert_close(gradient, other)
+    assert not gradient[:, 4:].any()
+
+
+def test_windows_are_padded_at_the_end_whatever_the_tokenizer_prefers(tmp_path):
+    tokenizer = load_tokenizer(str(write_model(tmp_path / "m")))
+    tokenizer.padding_side = "left"
+    rows = [
+        {"input_ids": [2, 7, 3], "attention_mask": [1] * 3, "labels": [1, 1], "teacher_logits": [1.0, 2, 3, 4, 5, 6]},
+        {"input_ids": [2, 7, 8, 3], "attention_mask": [1] * 4, "labels": [1, 2], "teacher_logits": [0.0] * 8},
+    ]
+    batch = Collator(tokenizer, "question-answering")(rows)
+    assert batch["input_ids"].tolist() == [[2, 7, 3, 0], [2, 7, 8, 3]]
+    assert batch["labels"].tolist() == [[1, 1], [1, 2]]
+    assert batch["teacher_logits"][0].tolist() == [[1, 2, 3, PADDING], [4, 5, 6, PADDING]]

@@ -37,6 +37,8 @@ def keys(options):
         ({"prune_epochs": 2.0}, ("prune",)),
         ({"hard_pruning": True}, ("prune",)),
         ({"distill": 0.1}, ("prune",)),
+        ({"pruner": "cap"}, ("prune",)),
+        ({"pruner": "movement"}, ()),
         ({"rank": 3}, ()),
         ({"weighting": "mask"}, ()),
         ({"mixed_rank": False}, ()),

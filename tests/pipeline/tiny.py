@@ -111,6 +111,22 @@ def sentences(count: int, seed: int) -> list[dict]:
     return rows
 
 
+def questions(count: int, seed: int, unanswerable: float = 0.0) -> list[dict]:
+    """Questions as the Hub has them: the answer is the one good or bad word of a context of some 20 words; a share of
+    the contexts has none."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        words = [rng.choice(FILLER) for _ in range(rng.randint(6, 30))]
+        found: dict[str, list] = {"text": [], "answer_start": []}
+        if rng.random() >= unanswerable:
+            place, mood = rng.randrange(len(words) + 1), rng.choice(GOOD + BAD)
+            found = {"text": [mood], "answer_start": [len("".join(f"{word} " for word in words[:place]))]}
+            words.insert(place, mood)
+        rows.append({"id": f"q{index}", "question": "is the film", "context": " ".join(words), "answers": found})
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

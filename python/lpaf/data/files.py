@@ -53,8 +53,12 @@ def read_rows(path: Path, argument: str) -> list[Row]:
 
 def bad_row(argument: str, path: Path, line: int, fault: str, remedy: str = "fix or remove the row") -> InputError:
     """The one-line error for a row."""
-    place = "row" if path.suffix.lower() == ".parquet" else "line"
-    return InputError(f"{argument} {path}: {place} {line}: {fault}; {remedy}")
+    return InputError(f"{argument} {path}: {row_place(path, line)}: {fault}; {remedy}")
+
+
+def row_place(path: Path, line: int) -> str:
+    """What :func:`read_rows` counts in this file: "line 7", or "row 7" of parquet."""
+    return f"{'row' if path.suffix.lower() == '.parquet' else 'line'} {line}"
 
 
 def _lines(path: Path, argument: str) -> Iterator[tuple[int, str]]:

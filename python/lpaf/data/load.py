@@ -19,6 +19,8 @@ from ..hub import hub_has_dataset
 from ..processes import is_main
 from . import docstrings
 from .files import SUFFIXES, Row, bad_row, read_rows
+from .spans import SpanOptions, tokenize_questions
+from .squad import FEATURES, check_answerable, read_questions
 from .task_data import TEST, TaskData, make_task_data
 from .tasks import TaskSpec, get_task
 
@@ -40,7 +42,7 @@ def load_task(
     """Training and validation examples of a task.
 
     From ``data_dir`` (train.* and validation.*, or dev.*; for mnli validation_matched.* and
-    validation_mismatched.*), from the two files, or, for a GLUE task without either, from the Hub.
+    validation_mismatched.*), from the two files, or, for a GLUE or SQuAD task without either, from the Hub.
     ``docstrings`` without either is built on the spot.
 
     Args:
@@ -55,7 +57,7 @@ def load_task(
         InputError: the task is unknown; the arguments contradict each other; nothing says where the data are,
             or the Hub cannot be reached; a file is missing, empty or of another kind; a row cannot be read,
             lacks a column or has no valid label (file and line are named); the training examples have one
-            class, or one value, only.
+            class, or one value, only, or no answer.
     """
     spec = get_task(task) if isinstance(task, str) else task
     if max_train_samples is not None and max_train_samples < 1:
@@ -74,7 +76,7 @@ def load_task(
     if data.train is not None and max_train_samples is not None and max_train_samples < len(data.train):
         chosen = sorted(random.Random(seed).sample(range(len(data.train)), max_train_samples))
         train = Dataset.from_dict(data.train[chosen], features=data.train.features)
-        _check_variety(train["label"], data.labels, f"--max-train-samples {max_train_samples}")
+        _check_training(train, spec, data.labels, f"--max-train-samples {max_train_samples}")
         data = make_task_data(spec, train, data.validation, data.labels)
     return data
 
@@ -96,6 +98,8 @@ def check_labels(data: TaskData, config: Any) -> TaskData:
         InputError: a label outside the model's classes; a classification model for regression data or the
             reverse.
     """
+    if data.spec.is_question_answering:
+        return data  # the answers are in the contexts
     task, outputs = f"--task {data.spec.name}", config.num_labels
     if data.labels is None:
         if outputs != 1:
@@ -151,8 +155,11 @@ def tokenize(
     max_length: int = 128,
     labels: Sequence[str] | None = None,
     description: str = "tokenize",
+    spans: SpanOptions | None = None,
 ) -> Dataset:
     """Token ids of every example, unpadded.
+
+    Questions become windows of their contexts, see :func:`spans.tokenize_questions`.
 
     Args:
         dataset: a split of ``TaskData``.
@@ -160,17 +167,20 @@ def tokenize(
         max_length: longer examples are cut (the longer text of a pair first).
         labels: class names; every label must be an index into them. Default: not checked.
         description: what the progress bar says.
+        spans: for question answering. Default: ``SpanOptions()``.
 
     Returns:
         Columns input_ids, attention_mask and token_type_ids (as far as the model takes them), length (int64),
         and labels (int64, or float32 for regression), in the dataset's order.
 
     Raises:
-        InputError: ``max_length`` is too small to hold any text.
+        InputError: ``max_length`` is too small to hold any text, or any of a context.
         ValueError: a label is no index into ``labels``.
     """
     if max_length < _MIN_LENGTH:
         raise InputError(f"--max-length {max_length}: pass a number of at least {_MIN_LENGTH}")
+    if spec.is_question_answering:
+        return tokenize_questions(dataset, tokenizer, max_length, (spans or SpanOptions()).doc_stride, description)
     if labels is not None and not set(dataset.unique("label")) <= set(range(len(labels))):
         raise ValueError(f"labels={tuple(labels)!r}: the dataset has other labels: {sorted(dataset.unique('label'))}")
     columns = next(choice for choice in spec.text_columns if set(choice) <= set(dataset.column_names))
@@ -209,8 +219,8 @@ def _built_in(spec: TaskSpec) -> TaskData:
 
 
 def _hub_split(split: Dataset, spec: TaskSpec) -> Dataset:
-    columns = [*spec.text_columns[0], "label"]
-    return split.select_columns(columns).cast(_features(spec, spec.text_columns[0]))
+    features = FEATURES if spec.is_question_answering else _features(spec, spec.text_columns[0])
+    return split.select_columns(list(features)).cast(features)
 
 
 def _from_hub(spec: TaskSpec) -> Mapping[str, Dataset]:
@@ -265,6 +275,11 @@ def _paths(
 def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, _Source]) -> TaskData:
     sources = {} if train is None else {"train": train}
     sources |= validation
+    if spec.is_question_answering:
+        splits = {name: read_questions(source.path, source.argument, spec) for name, source in sources.items()}
+        if train is not None:
+            _check_training(splits["train"], spec, None, f"{train.argument} {train.path}")
+        return make_task_data(spec, splits.pop("train", None), splits, None)
     first = next(iter(sources.values()))
     rows = {name: read_rows(source.path, source.argument) for name, source in sources.items()}
     columns = {name: _text_columns(rows[name], spec, source) for name, source in sources.items()}
@@ -282,7 +297,7 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
     for name, source in sources.items():
         splits[name] = _dataset(rows[name], columns[name], labels, spec, source)
         if name == "train":
-            _check_variety(splits[name]["label"], labels, f"{source.argument} {source.path}")
+            _check_training(splits[name], spec, labels, f"{source.argument} {source.path}")
     return make_task_data(spec, splits.pop("train", None), splits, labels)
 
 
@@ -410,8 +425,12 @@ def _relabel(split: Dataset, mapping: Sequence[int]) -> Dataset:
     return Dataset.from_dict(columns, features=Features({**split.features, "label": Value("int64")}))
 
 
-def _check_variety(values: Sequence[Any], labels: Sequence[str] | None, argument: str) -> None:
-    distinct = set(values)
+def _check_training(train: Dataset, spec: TaskSpec, labels: Sequence[str] | None, argument: str) -> None:
+    """Raise InputError where there is nothing to learn."""
+    if spec.is_question_answering:
+        check_answerable(train, argument)
+        return
+    distinct = set(train["label"])
     if len(distinct) < 2:
         only = next(iter(distinct))
         what = f"every label is {only}" if labels is None else f"only the class {labels[only]!r} occurs"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from .tasks import TaskSpec
+from .tasks import QUESTION_ANSWERING, REGRESSION, TaskSpec
 
 #: the split of ``--test-file``: scored like validation, but no part of it
 TEST = "test"
@@ -19,15 +19,16 @@ class TaskData:
     """A task's examples, checked.
 
     Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for
-    regression.
+    regression. For question answering it has ``squad.FEATURES``.
 
     Args:
         spec: the task.
         train: training examples, or None when only validation was asked for.
         validation: split name -> examples, in the task's order; the first is the main one. ``TEST`` is the last,
             where there is one.
-        labels: class names in the order of their indices, or None for regression.
-        num_labels: size of the model's output: number of classes, or 1 for regression.
+        labels: class names in the order of their indices, or None for the other problems.
+        num_labels: size of the model's output: number of classes, 1 for regression, 2 (start and end) for question
+            answering.
         fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every
             machine.
     """
@@ -55,4 +56,5 @@ def make_task_data(
             digest.update(json.dumps([name, split.column_names, len(split)]).encode())
             for column in split.column_names:
                 digest.update(json.dumps(list(split[column])).encode())
-    return TaskData(spec, train, validation, labels, 1 if labels is None else len(labels), digest.hexdigest())
+    outputs = {REGRESSION: 1, QUESTION_ANSWERING: 2}.get(spec.problem) or len(labels or ())
+    return TaskData(spec, train, validation, labels, outputs, digest.hexdigest())

@@ -1,4 +1,4 @@
-"""The tasks: all of GLUE by the Hub's names, two tasks for your own files, and the docstrings task."""
+"""The tasks: GLUE and SQuAD by the Hub's names, three tasks for your own files, and the docstrings task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from ..errors import InputError
 
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
-METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
+QUESTION_ANSWERING = "question-answering"
+PROBLEMS = (CLASSIFICATION, REGRESSION, QUESTION_ANSWERING)
+METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr", "exact_match")
 
 # What the columns of a file may be called when the task does not fix it, in the order in which they are
 # looked for.
@@ -23,14 +25,15 @@ class TaskSpec:
         name: the name that ``--task`` takes.
         text_columns: the choices of text columns, each a tuple of one (single text) or two (pair) column
             names; the first choice whose columns are all in the file is used.
-        problem: "classification" or "regression".
+        problem: "classification", "regression" or "question-answering".
         metrics: names out of ``METRICS``, in the order in which they are shown.
         main_metric: the one that stands for the task, out of ``metrics``.
         labels: class names in the order of their integer labels on the Hub, or None when the data decide (and
-            for regression).
+            for the other problems).
         label_column: column of the label. Default: "label".
         validation_splits: names of the validation splits; the first is the main one.
         hub: (repository, configuration) of ``datasets.load_dataset``, or None for tasks without one.
+        unanswerable: whether a question may have no answer. Default: False.
 
     Raises:
         ValueError: an unknown problem or metric, a main metric outside ``metrics``, or no text columns.
@@ -45,10 +48,11 @@ class TaskSpec:
     label_column: str = "label"
     validation_splits: tuple[str, ...] = ("validation",)
     hub: tuple[str, str] | None = None
+    unanswerable: bool = False
 
     def __post_init__(self) -> None:
-        if self.problem not in (CLASSIFICATION, REGRESSION):
-            raise ValueError(f"problem={self.problem!r}: expected {CLASSIFICATION!r} or {REGRESSION!r}")
+        if self.problem not in PROBLEMS:
+            raise ValueError(f"problem={self.problem!r}: expected one of {PROBLEMS}")
         if not self.text_columns or any(len(choice) not in (1, 2) for choice in self.text_columns):
             raise ValueError(f"text_columns={self.text_columns!r}: expected choices of one or two column names")
         unknown = sorted(set(self.metrics) - set(METRICS))
@@ -63,6 +67,16 @@ class TaskSpec:
     def is_regression(self) -> bool:
         """Whether the label is a number."""
         return self.problem == REGRESSION
+
+    @property
+    def is_question_answering(self) -> bool:
+        """Whether the label is a span of the context."""
+        return self.problem == QUESTION_ANSWERING
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per example when ``--max-length`` is silent."""
+        return 384 if self.is_question_answering else 128
 
 
 def _glue(
@@ -81,6 +95,19 @@ def _glue(
         labels=labels,
         validation_splits=validation_splits,
         hub=("nyu-mll/glue", name),
+    )
+
+
+def _questions(name: str, hub: tuple[str, str] | None = None, unanswerable: bool = False) -> TaskSpec:
+    return TaskSpec(
+        name=name,
+        text_columns=(("question", "context"),),
+        problem=QUESTION_ANSWERING,
+        metrics=("exact_match", "f1"),
+        main_metric="f1",
+        label_column="answers",
+        hub=hub,
+        unanswerable=unanswerable,
     )
 
 
@@ -103,8 +130,11 @@ TASKS: dict[str, TaskSpec] = {
         _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
         _glue("rte", _PAIR, ("entailment", "not_entailment")),
         _glue("wnli", _PAIR, ("not_entailment", "entailment")),
+        _questions("squad", hub=("rajpurkar/squad", "plain_text")),
+        _questions("squad_v2", hub=("rajpurkar/squad_v2", "squad_v2"), unanswerable=True),
         TaskSpec("text-classification", FREE_TEXT_COLUMNS, CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
         TaskSpec("text-regression", FREE_TEXT_COLUMNS, REGRESSION, ("pearson", "spearmanr"), "pearson"),
+        _questions("question-answering"),
         TaskSpec("docstrings", (("text",),), CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
     )
 }

@@ -6,10 +6,9 @@ import itertools
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from ..errors import InputError
-from ..models.checkpoint import load_classifier, load_config
+from ..models.checkpoint import load_config, load_task_model, task_class
 from ..models.count import encoder_params, forward_macs
 from ..models.device import device_name, resolve_device
 from .latency import MODES, check_counts, interleaved_latency
@@ -22,7 +21,7 @@ def dense_twin(model: str) -> torch.nn.Module:
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return task_class(config).from_config(config).eval()
 
 
 def bench(
@@ -60,8 +59,8 @@ def bench(
     if limit and max(lengths) > limit:
         raise InputError(f"--length {max(lengths)}: the model takes at most {limit} tokens")
     models = {
-        "against": dense_twin(model) if against is None else load_classifier(against, flag="--against"),
-        "model": load_classifier(model, fuse=fuse),
+        "against": dense_twin(model) if against is None else load_task_model(against, flag="--against"),
+        "model": load_task_model(model, fuse=fuse),
     }
     names = {"against": against or RANDOM_TWIN, "model": f"{model} (fused)" if fuse else model}
     for module in models.values():

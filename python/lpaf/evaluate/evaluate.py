@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
-from ..data import check_labels, load_task, tokenize
+from ..data import TaskSpec, check_labels, get_task, load_task, tokenize
+from ..data.spans import span_options
 from ..errors import InputError
-from ..models.checkpoint import load_classifier, load_tokenizer
+from ..models.checkpoint import load_task_model, load_tokenizer
 from ..models.device import resolve_device
 from ..processes import from_main, main_first, start
-from .metrics import compute_metrics
-from .predict import predict
+from .metrics import compute_metrics, predictions_of
+from .predict import task_outputs
 
 
 def evaluate_directory(
@@ -22,18 +26,25 @@ def evaluate_directory(
     task: str,
     data_dir: str | None = None,
     validation_file: str | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     batch_size: int = 64,
     device: str | None = None,
     predictions: str | None = None,
     fuse: bool = False,
+    doc_stride: int | None = None,
+    n_best: int | None = None,
+    max_answer_length: int | None = None,
+    null_threshold: float | None = None,
 ) -> dict[str, Any]:
     """Metrics of ``model`` on the validation splits of ``task``; many processes share the examples out.
 
     Args:
-        model: directory (compressed or dense), Hub name or short name of a classifier.
-        predictions: file for one JSON line per example: split, index, label, prediction, logits.
+        model: directory (compressed or dense), Hub name or short name of a model with a head for the task.
+        max_length: tokens per example. Default: 384 for question answering, else 128.
+        predictions: file for one JSON line per example: split, index, label, prediction, logits; for question
+            answering split, index, id, prediction, score, null_score, answers.
         fuse: run the blocks of a compressed model as one operator each. Default: False.
+        doc_stride, n_best, max_answer_length, null_threshold: as in ``SpanOptions``, for question answering.
 
     Returns:
         {"model", "task", "metrics": {split: {metric: value}}, "examples": {split: n}}.
@@ -46,24 +57,38 @@ def evaluate_directory(
     if predictions and not Path(predictions).resolve().parent.is_dir():
         raise InputError(f"--predictions {predictions}: its folder does not exist")
     start()
+    spec = get_task(task)
+    length = spec.max_length if max_length is None else max_length
+    given = {"doc_stride": doc_stride, "n_best": n_best, "max_answer_length": max_answer_length}
+    spans = span_options(spec, given | {"null_threshold": null_threshold})
     target = resolve_device(device)
     with main_first():
-        data = load_task(task, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
-        classifier = load_classifier(model, fuse=fuse)
+        data = load_task(spec, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
+        loaded = load_task_model(model, spec.problem, fuse=fuse)
         tokenizer = load_tokenizer(model)
-    data = check_labels(data, classifier.config)
-    classifier.to(target)
+    data = check_labels(data, loaded.config)
+    loaded.to(target)
     metrics, lines = {}, []
     for name, split in data.validation.items():
-        encoded = tokenize(split, tokenizer, data.spec, max_length, data.labels)
-        logits = predict(classifier, encoded, tokenizer, batch_size=batch_size).numpy()
-        metrics[name] = compute_metrics(data.spec, logits, encoded["labels"])
-        guesses = logits[:, 0] if data.spec.problem == "regression" else np.argmax(logits, axis=1)
-        for index, (label, guess) in enumerate(zip(encoded["labels"], guesses.tolist(), strict=True)):
-            row = {"split": name, "index": index, "label": label, "prediction": guess, "logits": logits[index].tolist()}
-            lines.append(json.dumps(row))
+        encoded = tokenize(split, tokenizer, spec, length, data.labels, spans=spans)
+        outputs, labels = task_outputs(loaded, spec, split, encoded, tokenizer, spans, batch_size)
+        metrics[name] = compute_metrics(spec, outputs, labels)
+        for index, row in enumerate(prediction_rows(spec, split, outputs, labels)):
+            lines.append(json.dumps({"split": name, "index": index, **row}))
     if predictions:
         text = "\n".join(lines) + "\n"
         from_main(lambda: Path(predictions).write_text(text, encoding="utf-8"))
     examples = {name: len(split) for name, split in data.validation.items()}
     return {"model": model, "task": task, "metrics": metrics, "examples": examples}
+
+
+def prediction_rows(spec: TaskSpec, examples: Dataset, outputs: Any, labels: Any) -> Iterator[dict[str, Any]]:
+    """What is written of every example of a split; ``outputs`` and ``labels`` are those of ``task_outputs``."""
+    if spec.is_question_answering:
+        for name, answer, truth in zip(examples["id"], outputs, labels, strict=True):
+            score = answer.score if math.isfinite(answer.score) else None
+            found = {"id": name, "prediction": answer.text, "score": score, "null_score": answer.null_score}
+            yield found | {"answers": truth}
+        return
+    for label, guess, logits in zip(labels, predictions_of(spec, outputs), np.asarray(outputs), strict=True):
+        yield {"label": label.item(), "prediction": guess.item(), "logits": logits.tolist()}

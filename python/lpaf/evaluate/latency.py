@@ -90,7 +90,7 @@ def interleaved_latency(
     The models keep their device, dtype and attention implementation; they are timed in eval mode without autograd.
 
     Args:
-        models: name -> sequence classifier.
+        models: name -> task model.
         batch: sequences per pass.
         length: tokens per sequence, no padding.
         rounds: timed rounds. Default: 20.

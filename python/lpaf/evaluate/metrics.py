@@ -1,11 +1,12 @@
-"""GLUE's metrics, and tests of whether two models differ on the same examples."""
+"""The tasks' metrics, and tests of whether two models differ on the same examples."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -13,17 +14,22 @@ import sklearn.metrics
 from numpy.typing import ArrayLike
 
 from ..data.tasks import TaskSpec
+from .answers import Answer
+from .squad_metrics import exact_match, f1
 
 
-def predictions_of(spec: TaskSpec, outputs: ArrayLike) -> np.ndarray:
-    """Classes (int64 [B], the largest logit) or numbers (float64 [B]) of a model's outputs.
+def predictions_of(spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str]) -> np.ndarray:
+    """Classes (int64 [B], the largest logit), numbers (float64 [B]) or texts (object [B]) of a model's outputs.
 
     Args:
-        outputs: logits [B, C], or [B, 1] or [B] for regression; predictions [B] are returned as they are.
+        outputs: logits [B, C], or [B, 1] or [B] for regression, or B ``Answer``; predictions [B] are returned as
+            they are.
 
     Raises:
         ValueError: ``outputs`` has another shape.
     """
+    if spec.is_question_answering:
+        return np.array([getattr(output, "text", output) for output in outputs], dtype=object)
     array = np.asarray(outputs)
     if spec.is_regression:
         if array.ndim == 2 and array.shape[1] == 1:
@@ -38,19 +44,24 @@ def predictions_of(spec: TaskSpec, outputs: ArrayLike) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """The task's metrics, in its order.
+def compute_metrics(
+    spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str], labels: ArrayLike | Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """The task's metrics, in its order, all in [0, 1] or [-1, 1].
 
-    f1 is that of class 1 for GLUE's two-class tasks and the mean over the classes (macro) for all other
-    tasks. A correlation with constant predictions or labels is 0.
+    f1 is that of class 1 for GLUE's two-class tasks, SQuAD's for question answering, and the mean over the classes
+    (macro) for all other tasks. A correlation with constant predictions or labels is 0. Where questions may have no
+    answer, exact_match and f1 of those with and of those without one follow, as far as there are any.
 
     Args:
-        outputs: logits [B, C] or predictions [B].
-        labels: class indices or numbers [B].
+        outputs: logits [B, C] or predictions [B]; for question answering B ``Answer`` or texts.
+        labels: class indices or numbers [B]; for question answering the true answers of each question.
 
     Raises:
         ValueError: the lengths differ or are 0, or an output is NaN.
     """
+    if spec.is_question_answering:
+        return _answer_metrics(spec, predictions_of(spec, outputs), labels)
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
     if truth.shape != predictions.shape or truth.size == 0:
         raise ValueError(f"labels has shape {truth.shape}: expected {predictions.shape}, one per output, at least one")
@@ -69,9 +80,33 @@ def compute_metrics(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> di
     return {name: float(functions[name]()) for name in spec.metrics}
 
 
-def example_scores(spec: TaskSpec, outputs: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def _answer_metrics(spec: TaskSpec, texts: np.ndarray, answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    _check_answers(texts, answers)
+    functions = {"exact_match": exact_match, "f1": f1}
+    scores = {name: np.array([functions[name](*pair) for pair in zip(texts, answers)]) for name in spec.metrics}
+    metrics = {name: float(values.mean()) for name, values in scores.items()}
+    if spec.unanswerable:
+        answered = np.array([bool(truth) for truth in answers])
+        for group, chosen in (("answered", answered), ("unanswered", ~answered)):
+            if chosen.any():
+                metrics |= {f"{name}_{group}": float(values[chosen].mean()) for name, values in scores.items()}
+    return metrics
+
+
+def _check_answers(texts: np.ndarray, answers: Sequence[Sequence[str]]) -> None:
+    if len(texts) != len(answers) or not len(texts):
+        raise ValueError(f"labels has length {len(answers)}: expected {len(texts)}, one per output, at least one")
+
+
+def example_scores(
+    spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str], labels: ArrayLike | Sequence[Sequence[str]]
+) -> np.ndarray:
     """How well each example is done, float32 [B]: 1 or 0 for right or wrong classes, minus the squared error for
-    numbers; arguments as for :func:`compute_metrics`."""
+    numbers, F1 for answers; arguments as for :func:`compute_metrics`."""
+    if spec.is_question_answering:
+        texts = predictions_of(spec, outputs)
+        _check_answers(texts, labels)
+        return np.array([f1(*pair) for pair in zip(texts, labels)], dtype=np.float32)
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
     scores = -((predictions - truth) ** 2) if spec.is_regression else predictions == truth
     return scores.astype(np.float32)
@@ -98,8 +133,9 @@ class PairedTest:
     Args:
         test: "mcnemar" or "paired-t".
         p_value: two-sided; 1.0 where the two models do the same.
-        difference: a's advantage over b: accuracy difference, or b's mean squared error minus a's.
-        only_a: examples that a alone has right, or on which a's error is smaller.
+        difference: a's advantage over b: the difference of the mean scores (accuracy, F1), or b's mean squared
+            error minus a's.
+        only_a: examples that a alone has right, or that a does better.
         only_b: the same for b.
         examples: number of examples.
     """
@@ -125,12 +161,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
     Raises:
         ValueError: the lengths differ or are 0.
     """
-    a, b, labels = _same_length(a, b, labels)
-    right_a, right_b = a == labels, b == labels
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    discordant = only_a + only_b
-    p_value = float(scipy.stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
-    return PairedTest("mcnemar", p_value, float(right_a.mean() - right_b.mean()), only_a, only_b, len(labels))
+    a, b, labels = _same_length(a=a, b=b, labels=labels)
+    return _mcnemar(a == labels, b == labels)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
@@ -143,32 +175,35 @@ def paired_t(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
     Raises:
         ValueError: the lengths differ or are 0.
     """
-    a, b, labels = (array.astype(np.float64) for array in _same_length(a, b, labels))
+    a, b, labels = (array.astype(np.float64) for array in _same_length(a=a, b=b, labels=labels))
     return _paired_t(-((a - labels) ** 2), -((b - labels) ** 2))
 
 
-def paired_test(spec: TaskSpec, a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
-    """``mcnemar`` for classification, ``paired_t`` for regression; a and b are logits or predictions."""
-    test = paired_t if spec.is_regression else mcnemar
-    return test(predictions_of(spec, a), predictions_of(spec, b), labels)
-
-
 def paired_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
-    """Paired test of two models' :func:`example_scores` [B]: McNemar's where all are 0 or 1, else a t-test.
+    """Whether two models differ by their ``example_scores`` [B] on the same examples.
 
-    ``difference`` is the mean of a's scores minus b's.
+    McNemar's test where every score is 0 or 1 (right or wrong), else the paired t-test.
 
     Raises:
         ValueError: the lengths differ or are 0.
     """
-    a, b, _ = (array.astype(np.float64) for array in _same_length(a, b, b))
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
-        return mcnemar(a, b, np.ones_like(a))
-    return _paired_t(a, b)
+    a, b = (array.astype(np.float64) for array in _same_length(a=a, b=b))
+    return _mcnemar(a == 1, b == 1) if np.isin((a, b), (0, 1)).all() else _paired_t(a, b)
+
+
+def paired_test(spec: TaskSpec, a: Any, b: Any, labels: Any) -> PairedTest:
+    """``paired_scores`` of two models' outputs, which are as for :func:`compute_metrics`."""
+    return paired_scores(example_scores(spec, a, labels), example_scores(spec, b, labels))
+
+
+def _mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> PairedTest:
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    discordant = only_a + only_b
+    p_value = float(scipy.stats.binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0
+    return PairedTest("mcnemar", p_value, float(right_a.mean() - right_b.mean()), only_a, only_b, len(right_a))
 
 
 def _paired_t(a: np.ndarray, b: np.ndarray) -> PairedTest:
-    """Paired t-test of scores, of which more is better."""
     gain = a - b
     if len(gain) < 2 or np.ptp(gain) == 0:
         # Constant differences have no variance: t is 0/0 if they are all zero and infinite otherwise.
@@ -178,9 +213,9 @@ def _paired_t(a: np.ndarray, b: np.ndarray) -> PairedTest:
     return PairedTest("paired-t", p_value, float(gain.mean()), int((gain > 0).sum()), int((gain < 0).sum()), len(gain))
 
 
-def _same_length(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    arrays = np.asarray(a), np.asarray(b), np.asarray(labels)
+def _same_length(**arguments: ArrayLike) -> list[np.ndarray]:
+    arrays = [np.asarray(argument) for argument in arguments.values()]
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
-        raise ValueError(f"a, b, labels have shapes {shapes}: expected three times [B] with B >= 1")
+        raise ValueError(f"{', '.join(arguments)} have shapes {shapes}: expected each to be [B] with B >= 1")
     return arrays

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 import lpaf_kernels
@@ -118,13 +124,23 @@ def load_tokenizer(model: str, flag: str = "--model") -> Any:
         ) from None
 
 
+def task_class(config: Any, problem: str | None = None) -> type:
+    """The ``AutoModelFor`` class of a problem; without one that of the model's architecture (a classifier's if it has
+    no head)."""
+    if problem is None:
+        answers = any(name.endswith("ForQuestionAnswering") for name in config.architectures or ())
+    else:
+        answers = problem == "question-answering"
+    return AutoModelForQuestionAnswering if answers else AutoModelForSequenceClassification
+
+
 def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[PreTrainedModel, bool]:
-    """A dense sequence classifier to compress.
+    """A dense task model to compress.
 
     Args:
         model: directory, Hub name or short name.
-        labels: class names, or None for regression.
-        problem: "classification" or "regression".
+        labels: class names, or None for regression and question answering.
+        problem: "classification", "regression" or "question-answering".
 
     Returns:
         (float32 model, whether its task head came with the checkpoint and fits the labels).
@@ -135,21 +151,21 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
     config = load_config(model)
     if is_compressed(config):
         raise InputError(f"--model {model}: is already compressed by lpaf; pass the dense model that it was made from")
-    count = 1 if problem == "regression" else len(labels or ())
-    options: dict[str, Any] = {"num_labels": count}
+    options: dict[str, Any] = {"num_labels": {"regression": 1, "question-answering": 2}.get(problem) or len(labels)}
     if labels is not None:
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    options["problem_type"] = "regression" if problem == "regression" else "single_label_classification"
+    if problem != "question-answering":
+        options["problem_type"] = "regression" if problem == "regression" else "single_label_classification"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head on a pre-trained body is the normal case here
     try:
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        loaded, info = task_class(config, problem).from_pretrained(
             resolve_model(model), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model {model}: cannot be loaded as a sequence classifier ({reason})") from None
+        raise InputError(f"--model {model}: cannot be loaded for {problem} ({reason})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     body = {
@@ -163,23 +179,30 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
     return loaded, not info["missing_keys"] and not info["mismatched_keys"]
 
 
-def load_classifier(
-    model: str, dtype: torch.dtype | str = "auto", flag: str = "--model", fuse: bool = False
+def load_task_model(
+    model: str,
+    problem: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    flag: str = "--model",
+    fuse: bool = False,
 ) -> PreTrainedModel:
-    """A classifier to run, dense or compressed, as its directory says; InputError when it has no trained head.
+    """A task model to run, dense or compressed; InputError when it has no trained head.
 
-    ``fuse``: run its blocks as one operator each (:func:`lpaf_kernels.fuse`); InputError when it has none to fuse.
+    Args:
+        model: directory, Hub name or short name.
+        problem: what the head is for. Default: what the directory says.
+        fuse: run its blocks as one operator each (:func:`lpaf_kernels.fuse`); InputError when it has none to fuse.
     """
-    load_config(model, flag)
+    config = load_config(model, flag)
+    kind = task_class(config, problem)
     try:
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(model), dtype=dtype, output_loading_info=True
-        )
+        loaded, info = kind.from_pretrained(resolve_model(model), dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{flag} {model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     if info["missing_keys"]:
         raise InputError(
-            f"{flag} {model}: has no trained task head ({min(info['missing_keys'])} is missing); pass a classifier "
+            f"{flag} {model}: has no trained task head ({min(info['missing_keys'])} is missing); pass a "
+            f"{'question answerer' if kind is AutoModelForQuestionAnswering else 'classifier'} "
             "(lpaf compress --save-dense writes a fine-tuned one)"
         )
     if fuse:

@@ -12,24 +12,19 @@ movement takes over from there (docs/methods.md has the measurement).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import MaskedLinear, accumulate_movement_, set_thresholds, zero_pruned_
+from lpaf_kernels import accumulate_movement_, set_thresholds, zero_pruned_
 
 from ..models.targets import encoder_linears
+from .masks import add_masks, masked_linears, refuse_nan_thresholds, remove_masks
+from .pruner import Pruner
 from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
 
-def masked_linears(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
-    """(name, module) of every MaskedLinear of ``model``."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MaskedLinear))
-
-
-class MovementPruner:
+class MovementPruner(Pruner):
     """Top-v of learned scores (SMvP as the papers use it), per matrix or over all matrices at once.
 
     Args:
@@ -38,6 +33,8 @@ class MovementPruner:
         warmup, cooldown: see :class:`CubicSchedule`.
         score_init: scores start at this multiple of |W| / mean(|W|) of their matrix; 0 starts them at zero.
     """
+
+    learned_scores = True
 
     def __init__(
         self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3, score_init: float = 0.0
@@ -51,12 +48,7 @@ class MovementPruner:
 
     def attach(self, model: nn.Module) -> None:
         """Replace every encoder linear of ``model`` by a MaskedLinear that keeps everything."""
-        for name, linear in encoder_linears(model).items():
-            masked = MaskedLinear.from_linear(linear)
-            if self.score_init:
-                magnitude = linear.weight.detach().abs()
-                masked.scores.data.copy_(self.score_init * magnitude / magnitude.mean())
-            model.set_submodule(name, masked)
+        add_masks(model, self.score_init)
 
     def update_masks(self, model: nn.Module, keep: float) -> None:
         """Select the top ``keep`` share of the current scores."""
@@ -71,11 +63,8 @@ class MovementPruner:
     def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Zero the pruned weights, put plain linears back, and return the scores: name -> [out, in] float32."""
         self.update_masks(model, self.keep)
-        refuse_nan([module.threshold_value for _, module in masked_linears(model)])
-        scores = {}
-        for name, module in list(masked_linears(model)):
-            scores[name] = module.scores.detach().float().clone()
-            model.set_submodule(name, module.to_linear())
+        scores = {name: module.scores.detach().float().clone() for name, module in masked_linears(model)}
+        remove_masks(model)
         return scores
 
 
@@ -91,10 +80,10 @@ class PruningCallback(TrainerCallback):
         self.progress = {"keep": keep}
 
     def on_log(self, args, state, control, model=None, **kwargs):
-        refuse_nan([module.threshold_value for _, module in masked_linears(model)])
+        refuse_nan_thresholds(model)
 
 
-class HardMovementPruner:
+class HardMovementPruner(Pruner):
     """Movement pruning as LPAF's text has it: S accumulates -W dL/dW, and pruned weights are zeroed on the spot.
 
     The layers stay plain, the scores have no optimizer, and the score of a zeroed weight stands still (W dL/dW = 0), so

@@ -44,15 +44,16 @@ def refuse_nan(states: Sequence[torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """Share of weights kept at each training step, from 1 down to ``keep``.
+    """Share of weights kept at each training step, from 1 down to ``keep`` (or another value that moves this way).
 
-    v_t = 1 for t < t_i; v_f + (1 - v_f) ((T - t_f - t) / (T - t_f - t_i))^3 for t_i <= t < T - t_f; v_f afterwards.
+    v_t = v_i for t < t_i; v_f + (v_i - v_f) ((T - t_f - t) / (T - t_f - t_i))^3 for t_i <= t < T - t_f; v_f afterwards.
 
     Args:
         keep: final share v_f in (0, 1].
         steps: total steps T.
         warmup: share of the steps before pruning starts (t_i / T).
         cooldown: share of the steps at the final share (t_f / T).
+        start: first value v_i. Default: 1.
 
     Raises:
         ValueError: shares outside [0, 1), or warm-up and cool-down that leave no step to prune in.
@@ -62,6 +63,7 @@ class CubicSchedule:
     steps: int
     warmup: float = 0.1
     cooldown: float = 0.3
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
@@ -78,10 +80,10 @@ class CubicSchedule:
             )
 
     def __call__(self, step: int) -> float:
-        start = self.warmup * self.steps
+        first = self.warmup * self.steps
         end = self.steps - self.cooldown * self.steps
-        if step < start:
-            return 1.0
+        if step < first:
+            return self.start
         if step >= end:
             return self.keep
-        return self.keep + (1.0 - self.keep) * ((end - step) / (end - start)) ** 3
+        return self.keep + (self.start - self.keep) * ((end - step) / (end - first)) ** 3

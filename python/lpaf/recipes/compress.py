@@ -7,8 +7,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 import lpaf_kernels
+from lpaf_kernels import sparsity_statistics
 
 from ..data import tokenize
 from ..data.task_data import TEST
 from ..evaluate.metrics import compute_metrics, example_scores
-from ..evaluate.predict import predict
+from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
     Factorized,
@@ -39,13 +41,14 @@ from ..models.count import AUTO, encoder_params, largest_ranks, matrix_shapes, w
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
 from ..processes import from_main, is_main, process_place, say
-from ..prune import PRUNERS
+from ..prune import PRUNERS, Pruner, Surroundings
 from ..report.write import write_report
 from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
-from ..retrain.trainer import TrainOptions, train_stage
+from ..retrain.trainer import Term, TrainOptions, train_stage
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, prepare, weights_fingerprint
+from .pruning import make_pruner
 from .record import run_record
 from .stages import StageStore, Tensors, stage_key
 from .workspace import Workspace, explain_os_error
@@ -62,6 +65,8 @@ class Compression:
     def __init__(self, prepared: Prepared, command: str) -> None:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
+        self.train = self.tokenize(data.train)
+        self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
         #: what decides the weights beside the options
         self.sources = {
             "data": data.fingerprint,
@@ -80,18 +85,20 @@ class Compression:
         )
         kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
         self.stages = StageStore(Path(options.stages) if options.stages else kept)
-        length, tokenizer, spec = options.max_length, prepared.tokenizer, data.spec
-        self.train = tokenize(data.train, tokenizer, spec, length, data.labels)
-        self.validation = {
-            name: tokenize(split, tokenizer, spec, length, data.labels) for name, split in data.validation.items()
-        }
         self.distill = options.distill if prepared.method.distill else 0.0
+        pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
+        self.prune_distill = self.distill if pruner.distill is None else pruner.distill
         self.mixed_rank_p = options.mixed_rank_p
         self.seconds: dict[str, float] = {}
         self.details: dict[str, dict[str, dict[str, float]]] = {}
         self.history: dict[str, list[dict[str, float]]] = {}
         #: "stage.split" -> score of every example, float32 [N]
         self.examples: Tensors = {}
+
+    def tokenize(self, examples: Dataset) -> Dataset:
+        """Token ids of a split."""
+        prepared, data = self.prepared, self.prepared.data
+        return tokenize(examples, prepared.tokenizer, data.spec, prepared.max_length, data.labels, spans=prepared.spans)
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -103,24 +110,26 @@ class Compression:
 
     def evaluate(self, stage: str, model: nn.Module) -> dict[str, dict[str, float]]:
         """Metrics of ``model`` on every split that is held out, under ``stage`` in the report."""
-        spec = self.prepared.data.spec
+        prepared, spec = self.prepared, self.prepared.data.spec
         self.details[stage] = {}
         with self.timed("evaluate"):
-            for name, split in self.validation.items():
-                outputs = predict(model, split, self.prepared.tokenizer).numpy()
-                self.details[stage][name] = compute_metrics(spec, outputs, split["labels"])
-                scores = example_scores(spec, outputs, split["labels"])
+            for name, split in prepared.data.validation.items():
+                encoded = self.validation[name]
+                outputs, labels = task_outputs(model, spec, split, encoded, prepared.tokenizer, prepared.spans)
+                self.details[stage][name] = compute_metrics(spec, outputs, labels)
+                scores = example_scores(spec, outputs, labels)
                 self.examples[f"{stage}.{name}"] = torch.from_numpy(scores)
         say(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}")
         return self.details[stage]
 
-    def metric(self, stage: str) -> float | None:
-        """Main metric of ``stage``, the mean over validation splits; None when the stage did not run."""
+    def metric(self, stage: str, name: str | None = None) -> float | None:
+        """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
+        run."""
         if stage not in self.details:
             return None
-        spec = self.prepared.data.spec
+        name = name or self.prepared.data.spec.main_metric
         splits = [metrics for split, metrics in self.details[stage].items() if split != TEST]
-        return float(np.mean([metrics[spec.main_metric] for metrics in splits]))
+        return float(np.mean([metrics[name] for metrics in splits]))
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -141,7 +150,14 @@ class Compression:
         )
 
     def run_stage(
-        self, stage: str, model: nn.Module, dataset: Dataset, objective: Objective, train: TrainOptions, callbacks=None
+        self,
+        stage: str,
+        model: nn.Module,
+        dataset: Dataset,
+        objective: Objective,
+        train: TrainOptions,
+        callbacks: list[TrainerCallback],
+        terms: Sequence[Term] = (),
     ) -> None:
         """Train one stage from its start or from its last checkpoint."""
         set_seed(train.seed)
@@ -156,6 +172,7 @@ class Compression:
                 directory=self.workspace.stage(stage),
                 callbacks=callbacks,
                 resume=self.workspace.resuming,
+                terms=terms,
             )
 
     def once(self, stage: str, work: Callable[[], Tensors]) -> Tensors:
@@ -167,8 +184,7 @@ class Compression:
                 tensors = work()
                 self.stages.store(stage, key, tensors | _prefixed("examples", self.examples), self.records())
                 if is_main():
-                    for checkpoint in self.workspace.stage(stage).glob("checkpoint-*"):
-                        shutil.rmtree(checkpoint, ignore_errors=True)
+                    shutil.rmtree(self.workspace.stage(stage), ignore_errors=True)
                 return tensors
         tensors, record = kept
         for name, values in record.items():
@@ -182,9 +198,10 @@ class Compression:
 
     def key(self, stage: str) -> str:
         """The key of ``stage`` in the store: equal in runs whose weights are the same up to there."""
-        method, settings = self.prepared.method, self.options.to_dict(without=INDEPENDENT[stage])
+        kind = stage.partition("-")[0]
+        method, settings = self.prepared.method, self.options.to_dict(without=INDEPENDENT[kind])
         settings |= self.sources | {"finetune_epochs": self.prepared.finetune_epochs, "device": self.prepared.device}
-        if stage == "prune":
+        if kind in ("prune", "round"):
             settings["pruner"] = method.pruner
         return stage_key(settings)
 
@@ -193,12 +210,14 @@ class Compression:
     def finetune(self) -> nn.Module:
         """The dense fine-tuned model."""
         model = self.prepared.model.to(self.prepared.device)
+        if self.prepared.method.pruner and PRUNERS[self.prepared.method.pruner].looks_back:
+            self.pretrained = _cloned_state(model)
 
         def work() -> Tensors:
             epochs = self.prepared.finetune_epochs
             if epochs > 0:
                 train = self.train_options(epochs, self.options.finetune_lr, offset=0)
-                self.run_stage("finetune", model, self.train, self.objective(), train)
+                self.run_stage("finetune", model, self.train, self.objective(), train, callbacks=[])
             self.evaluate("dense", model)
             return _cloned_state(model)
 
@@ -207,37 +226,42 @@ class Compression:
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
         """The training set with the dense model's logits as a column; each example is run once."""
-        if self.distill == 0:
+        if self.distill == self.prune_distill == 0:
             return self.train
 
         def work() -> Tensors:
             with self.timed("teacher"):
-                return {"logits": predict(dense, self.train, self.prepared.tokenizer, description="teacher logits")}
+                prepared = self.prepared
+                logits = predict(
+                    dense,
+                    self.train,
+                    prepared.tokenizer,
+                    description="teacher logits",
+                    problem=prepared.data.spec.problem,
+                )
+                return {"logits": logits}
 
-        logits = self.once("teacher", work)["logits"]
-        return self.train.add_column("teacher_logits", logits.numpy().tolist())
+        return add_teacher_logits(self.train, self.once("teacher", work)["logits"])
 
-    def prune(self, model: nn.Module, train_set: Dataset) -> dict[str, torch.Tensor] | None:
+    def prune(self, model: nn.Module, train_set: Dataset, dense: nn.Module) -> dict[str, torch.Tensor] | None:
         """Prune ``model`` in place; returns the scores, or None for methods without a pruner."""
-        method, options = self.prepared.method, self.options
-        if method.pruner is None:
+        if self.prepared.method.pruner is None:
             return None
 
         def work() -> Tensors:
-            learned = {"score_init": options.score_init} if method.pruner == "movement" else {}
-            pruner = PRUNERS[method.pruner](
-                keep=options.keep,
-                scope=options.scope,
-                warmup=options.prune_warmup,
-                cooldown=options.prune_cooldown,
-                **learned,
-            )
+            pruner = make_pruner(self.prepared.method.pruner, self.options)
+            if pruner.looks_back:
+                pruner.look_around(Surroundings(self.pretrained, dense, train_set, self.prepared.tokenizer))
             pruner.attach(model)
-            train = self.train_options(options.prune_epochs, options.prune_lr, offset=1)
-            objective = self.objective(distill=self.distill)
-            callback = pruner.callback(train.updates(len(train_set)))
-            self.run_stage("prune", model, train_set, objective, train, callbacks=[callback])
+            for number in range(1, pruner.rounds + 1):
+                masks = self.once(f"round-{number}", partial(self.round, pruner, number, model, train_set))
+                pruner.next_round(model, masks)
+            if pruner.trains:
+                self.train_pruned("prune", pruner, model, train_set)
             scores = pruner.detach(model)
+            weights = [linear.weight for linear in encoder_linears(model).values()]
+            kept = int(sparsity_statistics(weights)[:, 0].sum()) / sum(weight.numel() for weight in weights)
+            say(f"pruned: {kept:.1%} of the encoder's weights are kept")
             self.evaluate("pruned", model)
             return _cloned_state(model) | _prefixed("scores", scores)
 
@@ -245,6 +269,19 @@ class Compression:
         scores = _taken(state, "scores")
         model.load_state_dict(state)
         return scores
+
+    def round(self, pruner: Pruner, number: int, model: nn.Module, train_set: Dataset) -> Tensors:
+        """One round of a pruner that trains several times."""
+        self.train_pruned(f"round-{number}", pruner, model, train_set)
+        return pruner.end_round(model, number)
+
+    def train_pruned(self, stage: str, pruner: Pruner, model: nn.Module, train_set: Dataset) -> None:
+        """Train ``model`` under its pruner."""
+        train = self.train_options(self.options.prune_epochs, self.options.prune_lr, offset=1)
+        callback = pruner.callback(train.updates(len(train_set)))
+        terms = getattr(callback, "terms", ())
+        objective = self.objective(distill=self.prune_distill)
+        self.run_stage(stage, model, train_set, objective, train, callbacks=[callback], terms=terms)
 
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
@@ -290,8 +327,8 @@ class Compression:
         """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
         epochs = options.retrain_epochs
-        if method.pruner is None:
-            epochs += options.prune_epochs  # methods without pruning get the same number of updates
+        if method.pruner is None or not PRUNERS[method.pruner].trains:
+            epochs += options.prune_epochs  # methods that do not train while pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
         objective = self.objective(distill=self.distill, consistency=1.0 if method.consistency else 0.0)
         settings = {"p_init": self.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
@@ -321,7 +358,7 @@ class Compression:
         if self.options.freeze_embeddings:
             embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
             nn.ModuleList(embeddings).requires_grad_(False)
-        scores = self.prune(sparse, train_set)
+        scores = self.prune(sparse, train_set, dense)
         ranks = None
         if self.prepared.layers is None:
             ranks = self.ranks(sparse, scores)

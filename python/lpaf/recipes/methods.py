@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from .options import CompressOptions
+from .pruning import check_pruner_options
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,18 @@ class Method:
     distill: bool = True
 
     def with_options(self, options: CompressOptions) -> Method:
-        """The method with the steps switched off that ``options`` switches off."""
+        """The method with the pruner that ``options`` name and without the steps that they switch off."""
         pruner = self.pruner if options.prune else None
+        if options.pruner is not None:
+            if pruner is None:
+                without = f"--method {self.name}" if self.pruner is None else "--no-prune"
+                raise InputError(f"--pruner {options.pruner}: {without} does not prune")
+            pruner = options.pruner
         if options.hard_pruning:
             if pruner != "movement":
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
+        check_pruner_options(pruner, options)
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"

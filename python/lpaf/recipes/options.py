@@ -10,6 +10,9 @@ from typing import Any
 from ..errors import InputError
 from ..factorize import WEIGHTINGS
 
+#: values of --pruner: names in lpaf.prune.PRUNERS
+PRUNER_CHOICES = ("movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
+
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """A dataclass field with what the command line needs to show it."""
@@ -25,7 +28,12 @@ class CompressOptions:
     """
 
     model: str = option("", "model directory, Hub name, or built-in short name (minilm-l6)", "what", metavar="MODEL")
-    task: str = option("", "task name: sst2, cola, mrpc, ..., text-classification, text-regression, docstrings", "what")
+    task: str = option(
+        "",
+        "task name: sst2, cola, mrpc, ..., squad, squad_v2, text-classification, text-regression, question-answering, "
+        "docstrings",
+        "what",
+    )
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
     method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
     save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
@@ -58,7 +66,23 @@ class CompressOptions:
         None, "file that every stage is also scored on, apart from validation", "data", metavar="FILE"
     )
     max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
-    max_length: int = option(128, "tokens per example", "data", metavar="N")
+    max_length: int | None = option(
+        None, "tokens per example (default: 384 for questions, else 128)", "data", metavar="N"
+    )
+
+    doc_stride: int | None = option(
+        None, "tokens that neighbouring windows of a context share (default: 128)", "answers", metavar="N"
+    )
+    n_best: int | None = option(
+        None, "starts and ends of a window that are tried (default: 20)", "answers", metavar="N"
+    )
+    max_answer_length: int | None = option(None, "tokens of the longest answer (default: 30)", "answers", metavar="N")
+    null_threshold: float | None = option(
+        None,
+        "squad_v2: how far the score of no answer must be above that of the best answer (default: 0)",
+        "answers",
+        metavar="X",
+    )
 
     finetune_epochs: float | None = option(
         None,
@@ -82,8 +106,28 @@ class CompressOptions:
 
     keep: float = option(0.5, "share of weights that pruning keeps", "method", metavar="V")
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
-    score_init: float = option(
-        4.0, "scores start at X times |W| / mean |W|; 0 starts them at zero, as the paper does", "method", metavar="X"
+    pruner: str | None = option(
+        None,
+        "how --method lpaf prunes: movement (default), soft-movement, cap (movement with contrastive losses), "
+        "magnitude (once, without training), gradual-magnitude, lottery-ticket",
+        "method",
+        choices=PRUNER_CHOICES,
+    )
+    score_init: float | None = option(
+        None,
+        "scores start at X times |W| / mean |W|; 0 starts them at zero, as the papers do (default: 4 for movement and "
+        "cap, 0 for soft-movement)",
+        "method",
+        metavar="X",
+    )
+    threshold: float = option(0.1, "soft-movement keeps where sigmoid(score) is above X", "method", metavar="X")
+    penalty: float = option(
+        100.0, "soft-movement: weight of the mean sigmoid(score); more prunes more", "method", metavar="X"
+    )
+    contrastive: float = option(0.1, "cap: weight of each contrastive loss", "method", metavar="X")
+    prune_interval: int = option(10, "gradual-magnitude: updates between selections", "method", metavar="N")
+    rounds: int = option(
+        3, "lottery-ticket prunes and rewinds N times, and trains --prune-epochs N + 1 times", "method", metavar="N"
     )
     hard_pruning: bool = option(
         False,
@@ -120,11 +164,12 @@ class CompressOptions:
             if not getattr(self, name):
                 raise InputError(f"{flag(name)}: is required")
         positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
+        positive += ("prune_interval", "rounds")
         for name in (*positive, "retrain_epochs", "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{flag(name)} {value:g}: must be above 0")
-        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init"):
+        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init", "penalty", "contrastive"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
@@ -136,9 +181,13 @@ class CompressOptions:
                 raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
+        if not 0.0 < self.threshold < 1.0:
+            raise InputError(f"--threshold {self.threshold:g}: must be in (0, 1)")
         if self.hard_pruning:
             if not self.prune:
                 raise InputError("--hard-pruning: needs pruning; leave out --no-prune")
+            if self.pruner not in (None, "movement"):
+                raise InputError(f"--hard-pruning: is for movement pruning, not for --pruner {self.pruner}")
             for field in dataclasses.fields(self):
                 if field.name in ("score_init", "score_lr") and getattr(self, field.name) != field.default:
                     raise InputError(f"{flag(field.name)}: is for learned scores, which --hard-pruning does not have")
@@ -152,7 +201,7 @@ class CompressOptions:
             )
         for field in dataclasses.fields(self):
             choices = field.metadata.get("choices")
-            if choices and getattr(self, field.name) not in choices:
+            if choices and getattr(self, field.name) not in (field.default, *choices):
                 raise InputError(
                     f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
                 )
@@ -197,7 +246,13 @@ PRUNE_OPTIONS = (
     "temperature",
     "keep",
     "scope",
+    "pruner",
     "score_init",
+    "threshold",
+    "penalty",
+    "contrastive",
+    "prune_interval",
+    "rounds",
     "hard_pruning",
     "prune_warmup",
     "prune_cooldown",
@@ -207,8 +262,14 @@ PRUNE_OPTIONS = (
 INDEPENDENT = {
     "finetune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
     "teacher": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS),
+    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "round": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
 }
+
+
+def answer_fields() -> dict[str, dataclasses.Field]:
+    """The options of question answering, by name."""
+    return {field.name: field for field in dataclasses.fields(CompressOptions) if field.metadata["group"] == "answers"}
 
 
 def flag(name: str) -> str:

@@ -10,15 +10,17 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from ..data import TaskData, check_labels, load_task
+from ..data import TaskData, check_labels, get_task, load_task
+from ..data.spans import SpanOptions, span_options
 from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer, resolve_model
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
+from ..prune import PRUNERS
 from .methods import Method, get_method
-from .options import CompressOptions
+from .options import CompressOptions, answer_fields
 from .workspace import check_output, is_published
 
 
@@ -33,6 +35,8 @@ class Prepared:
     options: CompressOptions
     method: Method
     data: TaskData
+    max_length: int
+    spans: SpanOptions
     tokenizer: Any
     model: nn.Module
     rank: int | None
@@ -81,13 +85,16 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
 
 def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     """Data, tokenizer and model of a run, checked against each other and the size asked for."""
+    spec = get_task(options.task)
+    max_length = options.max_length or spec.max_length
+    spans = span_options(spec, {name: getattr(options, name) for name in answer_fields()})
     config = load_config(options.model)
     if is_compressed(config):
         raise InputError(
             f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
         )
     data = load_task(
-        options.task,
+        spec,
         data_dir=options.data_dir,
         train_file=options.train_file,
         validation_file=options.validation_file,
@@ -97,8 +104,8 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     )
     tokenizer = load_tokenizer(options.model)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and options.max_length > limit:
-        raise InputError(f"--max-length {options.max_length}: the model takes at most {limit} tokens")
+    if limit and max_length > limit:
+        raise InputError(f"--max-length {max_length}: the model takes at most {limit} tokens")
     set_seed(options.seed)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         data = in_order_of_head(data, config, options)
@@ -121,10 +128,13 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
             "model, or leave the option out"
         )
+    check_pruner_task(method, data, epochs)
     return Prepared(
         options=options,
         method=method,
         data=data,
+        max_length=max_length,
+        spans=spans,
         tokenizer=tokenizer,
         model=model,
         rank=rank,
@@ -133,6 +143,19 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         finetune_epochs=epochs,
         device=device,
     )
+
+
+def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float) -> None:
+    """InputError where the pruner cannot do its work on this task or from this model."""
+    if method.pruner is None:
+        return
+    if method.pruner == "cap" and data.spec.problem not in ("classification", "regression"):
+        raise InputError("--pruner cap: contrasts sentences; pass a task with one label or score for each example")
+    if PRUNERS[method.pruner].looks_back and finetune_epochs == 0:
+        raise InputError(
+            f"--pruner {method.pruner}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass "
+            "the pre-trained model, or --finetune-epochs to fine-tune this one"
+        )
 
 
 def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:

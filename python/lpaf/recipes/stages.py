@@ -21,8 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def stage_key(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits for JSON-able ``settings``, the same on every machine."""
-    text = json.dumps(settings, sort_keys=True)
+    """16 hexadecimal digits for JSON-able ``settings``, the same on every machine; those that are None do not count."""
+    text = json.dumps({name: value for name, value in settings.items() if value is not None}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -40,11 +40,12 @@ def hub_id(model: str) -> str | None:
 
 def front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
     """The card's metadata, without a licence: that of the original model holds, and it is not known here."""
+    questions = report.get("problem") == "question-answering"
     fields: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": "question-answering" if questions else "text-classification",
         "tags": ["lpaf", "model-compression", *TAGS.get(report["method"], ())],
-        "metrics": [report["metric"]["name"]],
+        "metrics": [report["metric"]["name"], *report["metric"].get("others", ())],
     }
     base = hub_id(str(report["model"]))
     if base is not None:
@@ -99,7 +100,7 @@ def render_card(report: Mapping[str, Any]) -> str:
         "\n".join(f"- **{_cell(part.value)}** {_cell(part.text)}" for part in headlines(report)),
         "## Use",
         "With `lpaf-kernels` installed:",
-        _block(loading_snippet(), "python"),
+        _block(loading_snippet(report.get("problem", "classification")), "python"),
         "## Numbers",
         _table(head, [tuple(row) for row in stage_rows(report)]),
         f"Latency: median of {latency['rounds']} interleaved rounds, {_cell(latency_conditions(report))}. "

@@ -166,7 +166,8 @@ def render_html(report: Mapping[str, Any], analysis: Mapping[str, torch.Tensor])
         )
     ]
     parts.extend(picture_section(picture) for picture in pictures(report, analysis))
-    loading = "<p>Install lpaf-kernels, then:</p>" + f"<pre>{escape(loading_snippet())}</pre>"
+    snippet = loading_snippet(report.get("problem", "classification"))
+    loading = f"<p>Install lpaf-kernels, then:</p><pre>{escape(snippet)}</pre>"
     parts.append(section("How to load it", loading))
     seconds = [(stage.replace("_", " "), format_seconds(value)) for stage, value in report["seconds"].items()]
     parts.append(

@@ -180,10 +180,11 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
     metric, rank, latency, flops = report["metric"], report["rank"], report["latency_ms"], report["flops"]
     rows = [
         StageRow(
-            metric["name"],
-            *(format_metric(metric[stage]) for stage in STAGES),
-            metric_change(metric["name"], metric["dense"], metric["compressed"]),
+            name,
+            *(format_metric(values[stage]) for stage in STAGES),
+            metric_change(name, values["dense"], values["compressed"]),
         )
+        for name, values in {metric["name"]: metric, **metric.get("others", {})}.items()
     ]
 
     def pair(label: str, counts: Mapping[str, Any], write: Any) -> StageRow:
@@ -244,14 +245,29 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return pairs
 
 
-def loading_snippet(directory: str = "path/to/this/directory") -> str:
-    """The Python lines that load a compressed model with plain transformers."""
+#: problem -> (class of transformers, an input for the tokenizer, what to print of the output)
+_USE = {
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        '["a question"], ["the text that answers it"]',
+        """output = model(**batch)
+start, end = output.start_logits.argmax(), output.end_logits.argmax()
+print(tokenizer.decode(batch.input_ids[0, start : end + 1]))
+""",
+    ),
+}
+_CLASSIFY = ("AutoModelForSequenceClassification", '["a sentence to classify"]', "print(model(**batch).logits)\n")
+
+
+def loading_snippet(problem: str = "classification", directory: str = "path/to/this/directory") -> str:
+    """The Python lines that load a compressed model for ``problem`` with plain transformers."""
+    name, texts, use = _USE.get(problem, _CLASSIFY)
     return (
         "import lpaf  # teaches transformers the compressed layers\n"
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f"from transformers import {name}, AutoTokenizer\n"
         "\n"
-        f'model = AutoModelForSequenceClassification.from_pretrained("{directory}")\n'
+        f'model = {name}.from_pretrained("{directory}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{directory}")\n'
-        'batch = tokenizer(["a sentence to classify"], return_tensors="pt")\n'
-        "print(model(**batch).logits)\n"
+        f'batch = tokenizer({texts}, return_tensors="pt")\n'
+        f"{use}"
     )

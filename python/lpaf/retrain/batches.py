@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import BatchSampler, Sampler
+
+from ..models.outputs import PADDING
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -81,11 +84,13 @@ class BatchShare(Sampler[list[int]]):
 
 
 class Collator:
-    """Pads a list of tokenised examples to the longest and stacks labels and teacher logits.
+    """Pads a list of tokenised examples to the longest and stacks labels, teacher logits and indices.
 
     Args:
         tokenizer: pads ``input_ids`` and its companions.
-        problem: labels become int64 for "classification", float32 for "regression".
+        problem: labels become float32 for "regression", else int64. For "question-answering", where labels are
+            positions and teacher logits are those of every position, starts before ends, padding goes to the end
+            whatever the tokenizer prefers.
     """
 
     def __init__(self, tokenizer: Any, problem: str) -> None:
@@ -93,11 +98,19 @@ class Collator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         names = [name for name in self.tokenizer.model_input_names if name in examples[0]]
-        batch = dict(self.tokenizer.pad([{name: row[name] for name in names} for row in examples], return_tensors="pt"))
+        spans = self.problem == "question-answering"
+        rows = [{name: row[name] for name in names} for row in examples]
+        batch = dict(self.tokenizer.pad(rows, padding_side="right" if spans else None, return_tensors="pt"))
         if "labels" in examples[0]:
             dtype = torch.float32 if self.problem == "regression" else torch.int64
             batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)
+        if "index" in examples[0]:
+            batch["index"] = torch.tensor([row["index"] for row in examples])
         if "teacher_logits" in examples[0]:
-            rows = [torch.as_tensor(row["teacher_logits"], dtype=torch.float32) for row in examples]
-            batch["teacher_logits"] = torch.stack(rows)
+            teacher = [torch.as_tensor(row["teacher_logits"], dtype=torch.float32) for row in examples]
+            if spans:
+                length = batch["input_ids"].shape[1]
+                teacher = [row.view(2, -1) for row in teacher]
+                teacher = [F.pad(row, (0, length - row.shape[1]), value=PADDING) for row in teacher]
+            batch["teacher_logits"] = torch.stack(teacher)
         return batch

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, problem: str, temperature: float) -> torch.Tensor:
-    """T^2 KL(teacher || student) at temperature T for classes [B, C], mean squared error for regression [B, 1]."""
+    """T^2 KL(teacher || student) at temperature T over rows [R, C], mean squared error for regression [B, 1]."""
     if problem == "regression":
         return F.mse_loss(logits, teacher)
     student = F.log_softmax(logits / temperature, dim=-1)
@@ -18,7 +18,7 @@ def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, problem: str,
 
 
 def consistency_loss(first: torch.Tensor, second: torch.Tensor, problem: str) -> torch.Tensor:
-    """Eq. 14: symmetric KL between two passes' class distributions, mean squared error for regression."""
+    """Eq. 14: symmetric KL between two passes' distributions [R, C], mean squared error for regression."""
     if problem == "regression":
         return F.mse_loss(first, second)
     p, q = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
@@ -27,14 +27,21 @@ def consistency_loss(first: torch.Tensor, second: torch.Tensor, problem: str) ->
     return 0.5 * (forward + backward)
 
 
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    """One row per decision: [B, C] as it is, [B, 2, T] as [2 * B, T]."""
+    return logits.flatten(0, -2)
+
+
 @dataclass(frozen=True)
 class Objective:
     """Which terms a training stage adds up.
 
     loss = (1 - distill) * task + distill * distillation + consistency * consistency
 
+    A question is two classifications over the positions of its window, start and end: all terms are means over both.
+
     Args:
-        problem: "classification" (cross entropy) or "regression" (mean squared error).
+        problem: "classification" and "question-answering" (cross entropy) or "regression" (mean squared error).
         distill: weight of logit distillation in [0, 1]; needs teacher logits. Default: 0.
         temperature: softmax temperature of the distillation. Default: 2.
         consistency: weight of the consistency term; above 0 every batch runs twice. Default: 0.
@@ -61,17 +68,18 @@ class Objective:
         """Loss and its parts.
 
         Args:
-            logits: [passes * B, C].
-            labels: [B].
-            teacher: [B, C] logits, or None without distillation.
+            logits: [passes * B, C], or [passes * B, 2, T] for question answering (``models.outputs.task_logits``).
+            labels: [B], or [B, 2].
+            teacher: logits [B, C] or [B, 2, T], or None without distillation.
         """
-        outputs = logits.float().chunk(self.passes)
+        outputs, labels = _rows(logits.float()).chunk(self.passes), labels.flatten()
         loss = torch.stack([self.task_loss(output, labels) for output in outputs]).mean()
         parts = {"task": loss.detach()}
         if self.distill > 0:
             if teacher is None:
                 raise ValueError("distill: needs the teacher's logits in every batch")
-            terms = [distillation_loss(output, teacher, self.problem, self.temperature) for output in outputs]
+            target = _rows(teacher)
+            terms = [distillation_loss(output, target, self.problem, self.temperature) for output in outputs]
             distilled = torch.stack(terms).mean()
             parts["distillation"] = distilled.detach()
             loss = (1 - self.distill) * loss + self.distill * distilled

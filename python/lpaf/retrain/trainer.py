@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lpaf_kernels import MixedRankLinear
 
 from ..errors import TrainingDivergedError
+from ..models.outputs import task_logits
 from ..processes import exchange, from_main, launched, process_place, together
 from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
 
 COMPLETE = "complete"
+
+#: (model, outputs, batch) -> {name: 0-d loss}, each added to the loss and logged by its name. The model may be wrapped
+#: for many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, the place of each
+#: example in the stage's dataset.
+Term = Callable[[nn.Module, Any, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,16 @@ def make_optimizer(model: nn.Module, options: TrainOptions, decayed: set[str]) -
 class StageTrainer(Trainer):
     """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history."""
 
-    def __init__(self, *args: Any, stage: str, objective: Objective, options: TrainOptions, **kwargs: Any) -> None:
-        self.stage, self.objective, self.options = stage, objective, options
+    def __init__(
+        self,
+        *args: Any,
+        stage: str,
+        objective: Objective,
+        options: TrainOptions,
+        terms: Sequence[Term] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.stage, self.objective, self.options, self.terms = stage, objective, options, terms
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._diverged: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
@@ -114,14 +129,20 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """One batch, doubled when the objective compares two passes."""
-        inputs = dict(inputs)
+        """One batch, doubled when the objective compares two passes; the objective plus the terms."""
+        batch, inputs = inputs, dict(inputs)
+        inputs.pop("index", None)
         labels = inputs.pop("labels")
         teacher = inputs.pop("teacher_logits", None)
         if self.objective.passes == 2:
             inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
-        outputs = model(**inputs)
-        loss, parts = self.objective(outputs.logits, labels, teacher)
+        outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
+        logits = task_logits(outputs, inputs.get("attention_mask"))
+        loss, parts = self.objective(logits, labels, teacher)
+        for term in self.terms:
+            added = term(model, outputs, batch)
+            loss = loss + sum(added.values())
+            parts |= {name: value.detach() for name, value in added.items()}
         # Gradients and logs are the means over the processes, whose shares of a short batch differ.
         weight = self.share.weight(self.state.global_step % len(self.share))
         loss = weight * loss
@@ -240,6 +261,7 @@ def train_stage(
     directory: Path,
     callbacks: list[TrainerCallback] | None = None,
     resume: bool = False,
+    terms: Sequence[Term] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place and return the logged history.
 
@@ -249,6 +271,7 @@ def train_stage(
         directory: where checkpoints go.
         callbacks: schedules of the pruner or of mixed-rank training; what they set as ``progress`` is logged.
         resume: continue from the newest whole checkpoint of ``directory`` if there is one.
+        terms: further losses; see :data:`Term`. Default: none.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
@@ -287,7 +310,8 @@ def train_stage(
         stage=stage,
         objective=objective,
         options=options,
-        train_dataset=dataset,
+        terms=terms,
+        train_dataset=dataset.add_column("index", list(range(len(dataset)))) if terms else dataset,
         data_collator=collate,
         callbacks=[*(callbacks or []), ProgressBar(stage)],
     )
