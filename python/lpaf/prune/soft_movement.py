@@ -8,7 +8,6 @@ penalty's weight. Gradients pass straight through the mask, as in movement pruni
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from lpaf_kernels import KeepThreshold, set_thresholds
 
+from ..processes import say
 from .masks import add_masks, kept_share, masked_linears, refuse_nan_thresholds, remove_masks
 from .pruner import Pruner
 from .schedule import CubicSchedule, select
@@ -116,11 +116,10 @@ class SoftPruningCallback(TrainerCallback):
         # Under Adam a score moves by about its learning rate a step, from 0 down to logit(tau).
         travel, needed = rate_sum(lr_scheduler, state.max_steps), -logit(self.pruner.threshold)
         if state.global_step == 0 and state.is_world_process_zero and travel < needed:
-            print(
+            say(
                 f"soft-movement: the scores' learning rates sum to {travel:.2g} over {state.max_steps} updates, and "
                 f"scores must fall by about {needed:.2g} before anything is pruned; train longer, or pass a larger "
-                "--score-lr",
-                file=sys.stderr,
+                "--score-lr"
             )
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
