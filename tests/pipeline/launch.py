@@ -122,6 +122,8 @@ DEATHS: dict[str, Callable[[], None]] = {
     "prune": lambda: in_step("prune", 9),
     "prune checkpoint": lambda: in_checkpoint("prune", 6),
     "prune store": lambda: in_store("prune"),
+    "round": lambda: in_step("round-2", 4),
+    "round store": lambda: in_store("round-1"),
     "factorize": in_factorize,
     "truncate": in_truncate,
     "retrain": lambda: in_step("retrain", 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from pathlib import Path
@@ -11,13 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from launch import DEATHS, launch
+from lpaf.prune import PRUNERS
 from lpaf.recipes.methods import METHODS
+from lpaf.recipes.options import PRUNER_CHOICES, flag
+from lpaf.recipes.pruning import takes
 
 RUN = {
     "task": "text-classification", "finetune-epochs": 1, "prune-epochs": 2, "retrain-epochs": 2, "batch-size": 16,
     "checkpoint-steps": 3, "bench-batch": 2, "bench-length": 16, "max-length": 16, "finetune-lr": 2e-3,
-    "prune-lr": 2e-3, "retrain-lr": 2e-3, "keep": 0.3, "max-train-samples": 90,
+    "retrain-lr": 2e-3, "max-train-samples": 90,
 }  # fmt: skip
+
+
+#: one death for each kind of stage
+QUICK = ("finetune", "teacher", "prune", "prune store", "factorize", "retrain", "measure", "publish", "discard")
 
 
 def command(model: Path, data: Path, output: Path, *more: str, **options: str) -> list[str]:
@@ -26,21 +34,35 @@ def command(model: Path, data: Path, output: Path, *more: str, **options: str) -
     return ["compress", *(str(word) for name, value in values.items() for word in (f"--{name}", value)), *more]
 
 
-def size(method: str) -> list[str]:
-    """What a method is told of the size."""
-    return ["--ratio", "0.5"] if METHODS[method].factorizer is None else ["--rank", "4"]
+#: (method, pruner) of every chain that the command line can ask for; None: the method's own
+CHAINS = [(method, None) for method in METHODS] + [
+    ("lpaf", pruner) for pruner in PRUNER_CHOICES if pruner != "movement"
+]
 
 
-def happens(death: str, method: str) -> bool:
-    """Whether a run of the method passes there."""
+def chosen(method: str, pruner: str | None = None, keep: float = 0.3) -> list[str]:
+    """The options that choose a chain, its size, and what its pruner is told."""
+    words = ["--method", method, *(["--pruner", pruner] if pruner else [])]
+    words += ["--ratio", "0.5"] if METHODS[method].factorizer is None else ["--rank", "4"]
+    for field, value in {"keep": keep, "prune_lr": 2e-3}.items():
+        if pruner is None or takes(pruner, field):
+            words += [flag(field), str(value)]
+    return words
+
+
+def happens(death: str, method: str, pruner: str | None = None) -> bool:
+    """Whether a run of the chain passes there."""
     chain = METHODS[method]
+    name = pruner or chain.pruner
     absent = {
-        "prune": chain.pruner is None,
         "teacher": not chain.distill,
-        "factorize": chain.factorizer is None,
-        "truncate": chain.factorizer is not None,
+        "prune": not name or not PRUNERS[name].trains,
+        "prune store": not name,
+        "round": name != "lottery-ticket",
+        "factorize": not chain.factorizer,
+        "truncate": bool(chain.factorizer),
     }
-    return not absent.get(death.split()[0], False)
+    return not absent.get(death, absent.get(death.split()[0], False))
 
 
 def story(output: Path) -> dict:
@@ -60,18 +82,14 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model, tiny_data, tmp_path_factory):
-    """(method, processes) -> output of a run that nobody disturbed."""
-    done: dict = {}
+    """(method, pruner) -> output of a run that nobody disturbed."""
 
-    def run(method: str, *more: str, processes: int = 1) -> Path:
-        key = (method, processes, *more)
-        if key not in done:
-            output = tmp_path_factory.mktemp("undisturbed") / "out"
-            words = command(tiny_model, tiny_data, output, "--method", method, *size(method), *more)
-            statuses, said = launch(words, output.parent / "log", processes)
-            assert statuses == [0] * processes, said
-            done[key] = output
-        return done[key]
+    @functools.cache
+    def run(*chain: str | None) -> Path:
+        output = tmp_path_factory.mktemp("undisturbed") / "out"
+        statuses, said = launch(command(tiny_model, tiny_data, output, *chosen(*chain)), output.parent / "log")
+        assert statuses == [0], said
+        return output
 
     return run
 
@@ -91,19 +109,18 @@ def kill_and_resume(words: list[str], output: Path, death: str, processes: int =
 
 GRID = [
     pytest.param(
-        method,
+        chain,
         death,
-        marks=() if method == "lpaf" and death != "prune checkpoint" else pytest.mark.slow,
-        id=f"{method}-{death.replace(' ', '-')}",
+        marks=() if chain == ("lpaf", None) and death in QUICK else pytest.mark.slow,
+        id="-".join(filter(None, (*chain, death.replace(" ", "-")))),
     )
-    for method in METHODS
+    for chain in CHAINS
     for death in DEATHS
-    if happens(death, method)
+    if happens(death, *chain)
 ]
 
 
-@pytest.mark.parametrize(("method", "death"), GRID)
-def test_killed_run_resumes_to_the_same_weights(undisturbed, tiny_model, tiny_data, tmp_path, method, death):
-    words = command(tiny_model, tiny_data, tmp_path / "out", "--method", method, *size(method))
-    kill_and_resume(words, tmp_path / "out", death)
-    assert_same_run(tmp_path / "out", undisturbed(method))
+@pytest.mark.parametrize(("chain", "death"), GRID)
+def test_killed_run_resumes_to_the_same_weights(undisturbed, tiny_model, tiny_data, tmp_path, chain, death):
+    kill_and_resume(command(tiny_model, tiny_data, tmp_path / "out", *chosen(*chain)), tmp_path / "out", death)
+    assert_same_run(tmp_path / "out", undisturbed(*chain))

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_kill import assert_same_run, command, happens, kill_and_resume, size, story
+from test_kill import CHAINS, assert_same_run, chosen, command, happens, kill_and_resume, story
 
 from launch import DEATHS, launch, spoken
 from lpaf.processes import SHARDERS
-from lpaf.recipes.methods import METHODS
 from lpaf.retrain.batches import BatchShare
 from tiny import sentences, write_model, write_rows
 
@@ -132,8 +131,8 @@ def test_two_processes_end_with_the_weights_of_one(steady_model, odd_data, tmp_p
     """With paths drawn at p = 1 in the first step, where no factor has a gradient."""
 
     def words(output: Path) -> list[str]:
-        more = {"rank": 4, "keep": 1.0, "mixed-rank-p": 1.0, "max-train-samples": 97, "checkpoint-steps": 0}
-        return command(steady_model, odd_data, output, **more)
+        more = {"mixed-rank-p": 1.0, "max-train-samples": 97, "checkpoint-steps": 0}
+        return command(steady_model, odd_data, output, *chosen("lpaf", keep=1.0), **more)
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
 
@@ -144,7 +143,7 @@ def test_two_processes_prune_the_weights_that_one_prunes(steady_model, odd_data,
     for processes in (1, 2):
         output = tmp_path / str(processes) / "out"
         output.parent.mkdir()
-        run(command(steady_model, odd_data, output, rank=4), output, processes, probe="stages")
+        run(command(steady_model, odd_data, output, *chosen("lpaf")), output, processes, probe="stages")
         state = load_file(output.parent / "stages" / "before-retrain-0.safetensors")
         kept.append(torch.cat([state[name].flatten() != 0 for name in sorted(state) if name.endswith("sparse_weight")]))
     assert 0.29 < float(kept[0].float().mean()) < 0.31
@@ -156,16 +155,16 @@ def test_two_processes_prune_the_weights_that_one_prunes(steady_model, odd_data,
 @pytest.mark.parametrize("more", [["--hard-pruning"], ["--scope", "global"], ["--freeze-embeddings"]])
 def test_more_processes_and_pruners(steady_model, odd_data, tmp_path, processes, more):
     def words(output: Path) -> list[str]:
-        return command(steady_model, odd_data, output, *more, **{"rank": 4, "batch-size": 24, "keep": 1.0})
+        return command(steady_model, odd_data, output, *chosen("lpaf", keep=1.0), *more, **{"batch-size": 24})
 
     assert_order_of_sums_is_all(words, tmp_path, processes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_ends_with_the_weights_of_one(steady_model, odd_data, tmp_path, method):
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(filter(None, chain)))
+def test_every_chain_ends_with_the_weights_of_one(steady_model, odd_data, tmp_path, chain):
     def words(output: Path) -> list[str]:
-        return command(steady_model, odd_data, output, "--method", method, *size(method), keep=1.0)
+        return command(steady_model, odd_data, output, *chosen(*chain, keep=1.0))
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
 
@@ -279,12 +278,12 @@ def test_commands_that_time_run_in_one_process(tmp_path):
 def undisturbed(tiny_model, tiny_data, tmp_path_factory) -> Path:
     """Output of two processes that nobody disturbed."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    run(command(tiny_model, tiny_data, output, rank=4), output, processes=2)
+    run(command(tiny_model, tiny_data, output, *chosen("lpaf")), output, processes=2)
     return output
 
 
 def kill(model: Path, data: Path, output: Path, death: str, victim: int, expected: Path) -> None:
-    kill_and_resume(command(model, data, output, rank=4), output, death, processes=2, victim=victim)
+    kill_and_resume(command(model, data, output, *chosen("lpaf")), output, death, processes=2, victim=victim)
     assert_same_run(output, expected)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..processes import is_main
 from ..retrain.batches import Collator
 from .movement import MovementPruner, PruningCallback
 from .pruner import Surroundings
@@ -93,7 +94,8 @@ def encode(model: nn.Module, dataset: Any, tokenizer: Any, batch_size: int = 64)
     inputs = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
     order = sorted(range(len(dataset)), key=dataset["length"].__getitem__)
     rows = []
-    for start in tqdm(range(0, len(order), batch_size), desc="representations", unit="batch", delay=2, leave=False):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="representations", unit="batch", delay=2, leave=False, disable=not is_main()):
         batch = collate([inputs[index] for index in order[start : start + batch_size]])
         outputs = model(**{name: value.to(device) for name, value in batch.items()}, output_hidden_states=True)
         rows.append(representation(outputs).cpu())
