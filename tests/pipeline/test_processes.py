@@ -33,9 +33,9 @@ def steady_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def odd_data(tmp_path_factory) -> Path:
-    """97 examples: the last batch of 16 holds one, which leaves one of two processes without any."""
+    """99 examples: the last batch holds three, which two processes cannot share evenly and four not at all."""
     directory = tmp_path_factory.mktemp("odd") / "mood"
-    write_rows(directory / "train.jsonl", sentences(97, seed=1))
+    write_rows(directory / "train.jsonl", sentences(99, seed=1))
     write_rows(directory / "validation.jsonl", sentences(41, seed=2))
     return directory
 
@@ -118,7 +118,7 @@ def assert_order_of_sums_is_all(words, directory: Path, processes: int) -> None:
         for process in range(1, processes):
             mine, other = (load_file(stages["many"] / name) for name in (file, file.replace("0.", f"{process}.")))
             assert [name for name in mine if not torch.equal(mine[name], other[name])] == [], file
-    assert 0.0 < bound < 1e-4
+    assert 0.0 < bound < 1e-3
     one, many = (story(outputs[name]) for name in ("one", "many"))
     assert many["metric"]["details"] == one["metric"]["details"]
     assert many["training"].keys() == one["training"].keys()
@@ -131,7 +131,7 @@ def test_two_processes_end_with_the_weights_of_one(steady_model, odd_data, tmp_p
     """With paths drawn at p = 1 in the first step, where no factor has a gradient."""
 
     def words(output: Path) -> list[str]:
-        more = {"mixed-rank-p": 1.0, "max-train-samples": 97, "checkpoint-steps": 0}
+        more = {"mixed-rank-p": 1.0, "max-train-samples": 99, "checkpoint-steps": 0}
         return command(steady_model, odd_data, output, *chosen("lpaf", keep=1.0), **more)
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
@@ -155,7 +155,14 @@ def test_two_processes_prune_the_weights_that_one_prunes(steady_model, odd_data,
 @pytest.mark.parametrize("more", [["--hard-pruning"], ["--scope", "global"], ["--freeze-embeddings"]])
 def test_more_processes_and_pruners(steady_model, odd_data, tmp_path, processes, more):
     def words(output: Path) -> list[str]:
-        return command(steady_model, odd_data, output, *chosen("lpaf", keep=1.0), *more, **{"batch-size": 24})
+        return command(
+            steady_model,
+            odd_data,
+            output,
+            *chosen("lpaf", keep=1.0),
+            *more,
+            **{"batch-size": 24, "max-train-samples": 99},
+        )
 
     assert_order_of_sums_is_all(words, tmp_path, processes)
 
@@ -164,7 +171,7 @@ def test_more_processes_and_pruners(steady_model, odd_data, tmp_path, processes,
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(filter(None, chain)))
 def test_every_chain_ends_with_the_weights_of_one(steady_model, odd_data, tmp_path, chain):
     def words(output: Path) -> list[str]:
-        return command(steady_model, odd_data, output, *chosen(*chain, keep=1.0))
+        return command(steady_model, odd_data, output, *chosen(*chain, keep=1.0), **{"max-train-samples": 99})
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
 
