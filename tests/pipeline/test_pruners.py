@@ -26,6 +26,7 @@ from lpaf.prune import (
     MagnitudePruner,
     SoftMovementPruner,
     Surroundings,
+    contrastive,
 )
 from lpaf.prune.contrastive import contrastive_loss, draw_candidates, encode
 from lpaf.prune.masks import kept_share, masked_linears
@@ -375,21 +376,35 @@ class TestContrastive:
         outputs = SimpleNamespace(hidden_states=(torch.zeros_like(hidden), hidden))
         losses = callback.contrast(dense, outputs, {"index": index})
         assert losses.keys() == {"contrast_pretrained", "contrast_dense"}
-        callback.snapshots = [torch.randn(1, 96, dense.config.hidden_size) for _ in range(2)]
+        callback.snapshots = [torch.randn(96, dense.config.hidden_size) for _ in range(2)]
         losses = callback.contrast(dense, outputs, {"index": index})
         labels = torch.tensor(train["labels"])
         queries = nn.functional.normalize(hidden[:, 0], dim=-1)
-        for name, bank in pruner.banks.items():
+        for name, (bank,) in pruner.banks.items():
             expected = contrastive_loss(
-                queries, bank[0], index[:, None] == torch.arange(96), labels[index][:, None] == labels, 0.1
+                queries, bank, index[:, None] == torch.arange(96), labels[index][:, None] == labels, 0.1
             )
             torch.testing.assert_close(losses[f"contrast_{name}"], 0.25 * expected)
-        keys = torch.cat([snapshot[0] for snapshot in callback.snapshots])
+        keys = torch.cat(callback.snapshots)
         places = torch.arange(96).repeat(2)
         expected = contrastive_loss(
             queries, keys, index[:, None] == places, labels[index][:, None] == labels[places], 0.1
         )
         torch.testing.assert_close(losses["contrast_snapshots"], 0.25 * expected)
+
+    def test_processes_contrast_with_the_same_candidates_and_the_whole_batch(self, monkeypatch):
+        shares = [torch.tensor([3, 11]), torch.tensor([7])]
+        pruner = ContrastivePruner(0.5)
+        pruner.train = range(40)
+        found = []
+        monkeypatch.setattr(contrastive, "CANDIDATES", 5)
+        monkeypatch.setattr(contrastive, "exchange", lambda mine: shares)
+        for mine in shares:
+            callback = pruner.callback(10)
+            callback.generator = torch.Generator().manual_seed(0)
+            found.append(callback.candidates(mine))
+        assert torch.equal(*found)
+        assert {3, 7, 11} <= set(found[0].tolist())
 
     def test_banks_are_the_models_own_sentences(self, run):
         run, dense, train = run

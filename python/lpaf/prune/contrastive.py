@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..processes import is_main
-from ..retrain.batches import Collator
+from ..evaluate.predict import run_over
+from ..processes import exchange, from_main
 from .movement import MovementPruner, PruningCallback
 from .pruner import Surroundings
 from .schedule import CubicSchedule
@@ -68,11 +68,11 @@ class ContrastivePruner(MovementPruner):
         self.labels = torch.tensor(self.train["labels"]) if classes else None
         pretrained = copy.deepcopy(dense)
         pretrained.load_state_dict(surroundings.pretrained)
-        self.banks = {"pretrained": self.encode(pretrained), "dense": self.encode(dense)}
+        self.banks = {"pretrained": [self.encode(pretrained)], "dense": [self.encode(dense)]}
 
     def encode(self, model: nn.Module) -> torch.Tensor:
-        """The bank of ``model``: float32 [1, examples, hidden] on the CPU."""
-        return encode(model, self.train, self.tokenizer)[None]
+        """The bank of ``model``: float32 [examples, hidden] on the CPU."""
+        return encode(model, self.train, self.tokenizer)
 
     def callback(self, steps: int) -> ContrastiveCallback:
         """The Trainer callback that prunes, keeps the banks and makes the loss term."""
@@ -84,24 +84,15 @@ def representation(outputs: Any) -> torch.Tensor:
     return F.normalize(outputs.hidden_states[-1][:, 0].float(), dim=-1)
 
 
-@torch.no_grad()
 def encode(model: nn.Module, dataset: Any, tokenizer: Any, batch_size: int = 64) -> torch.Tensor:
     """Representations of a tokenised ``dataset`` in its order, in eval mode: float32 [examples, hidden] on the CPU."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    collate = Collator(tokenizer, problem="classification")
-    inputs = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
-    order = sorted(range(len(dataset)), key=dataset["length"].__getitem__)
-    rows = []
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="representations", unit="batch", delay=2, leave=False, disable=not is_main()):
-        batch = collate([inputs[index] for index in order[start : start + batch_size]])
-        outputs = model(**{name: value.to(device) for name, value in batch.items()}, output_hidden_states=True)
-        rows.append(representation(outputs).cpu())
-    model.train(was_training)
+
+    def read(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return representation(model(**batch, output_hidden_states=True))
+
+    rows, places = run_over(model, dataset, tokenizer, read, batch_size, "representations")
     bank = torch.cat(rows)
-    return torch.empty_like(bank).index_copy_(0, torch.tensor(order), bank)
+    return torch.empty_like(bank).index_copy_(0, places, bank)
 
 
 def contrastive_loss(
@@ -158,8 +149,10 @@ class ContrastiveCallback(PruningCallback):
     def snapshot(self, model: nn.Module, epoch: int, args: Any, state: Any) -> torch.Tensor:
         """The bank of the model as it was when ``epoch`` began."""
         file = Path(args.output_dir) / f"snapshot-{epoch}.safetensors"
-        if file.is_file():
-            return load_file(file)["bank"]
+        # The main process looks for all: the others must not wait for it in encode().
+        kept = from_main(lambda: load_file(file)["bank"] if file.is_file() else None)
+        if kept is not None:
+            return kept
         bank = self.pruner.encode(model)
         if args.save_strategy != "no" and state.is_world_process_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -168,22 +161,29 @@ class ContrastiveCallback(PruningCallback):
             temporary.replace(file)
         return bank
 
+    def candidates(self, batch: torch.Tensor) -> torch.Tensor:
+        """Indices of the examples to contrast with, the same in every process; ``batch`` is this process's share."""
+        examples = len(self.pruner.train)
+        if examples > CANDIDATES:  # else all, whatever the batch is
+            batch = torch.cat(exchange(batch))
+        return draw_candidates(batch, examples, CANDIDATES, self.generator)
+
     def contrast(self, model: nn.Module, outputs: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The three contrastive losses, by the bank they are against; no snapshots, no loss against them."""
         pruner, queries = self.pruner, representation(outputs)
         batch_index = batch["index"].cpu()
-        index = draw_candidates(batch_index, len(pruner.train), CANDIDATES, self.generator)
+        index = self.candidates(batch_index)
         banks = dict(pruner.banks)
         if self.snapshots:
-            banks["snapshots"] = torch.cat(self.snapshots)
+            banks["snapshots"] = self.snapshots
         losses = {}
-        for name, bank in banks.items():
-            keys = bank[:, index].to(queries.device).flatten(0, 1)
-            same_example = (batch_index[:, None] == index).repeat(1, len(bank)).to(queries.device)
+        for name, held in banks.items():
+            keys = torch.cat([bank[index] for bank in held]).to(queries.device)
+            same_example = (batch_index[:, None] == index).repeat(1, len(held)).to(queries.device)
             same_label = None
             if pruner.labels is not None:
                 same_label = pruner.labels[batch_index][:, None] == pruner.labels[index]
-                same_label = same_label.repeat(1, len(bank)).to(queries.device)
+                same_label = same_label.repeat(1, len(held)).to(queries.device)
             loss = contrastive_loss(queries, keys, same_example, same_label, pruner.temperature)
             losses[f"contrast_{name}"] = pruner.contrastive * loss
         return losses

@@ -106,7 +106,7 @@ class StageTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """This process's share of every batch; accelerate's own split would fill the last batch up with examples of
         the first."""
-        lengths, batch = self.train_dataset["length"], self.options.batch_size
+        lengths, batch = list(self.train_dataset["length"]), self.options.batch_size
         per_epoch = math.ceil(len(lengths) / batch)
         sampler = LengthGroupedSampler(
             lengths, batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
