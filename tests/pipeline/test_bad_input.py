@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lpaf
 from lpaf.cli import main
 from lpaf.errors import InputError
-from lpaf.models.checkpoint import load_tokenizer, save_compressed
+from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
+from lpaf.models.positions import most_tokens, resolve_length
 from lpaf.models.targets import encoder_linears
 from lpaf.recipes.methods import get_method
 from lpaf.recipes.options import CompressOptions
 from lpaf.recipes.prepare import check_pruner_task
 from lpaf_kernels import swap_linears
-from tiny import sentences, write_model, write_rows
+from tiny import build, questions, sentences, write_model, write_rows
 
 
 @pytest.fixture
@@ -415,6 +416,7 @@ def test_python_raises_value_error_with_the_same_text(tiny_options):
             ["evaluate", "--model", "m", "--task", "sst2", "--predictions", "/no/such/dir/rows.jsonl"],
             ("--predictions /no/such/dir/rows.jsonl", "folder does not exist"),
         ),
+        (["evaluate", "--model", "m", "--task", "sst2", "--predictions", "/"], ("--predictions /", "is a directory")),
         (["inspect", "--model", "/no/such/dir"], ("/no/such/dir",)),
         (["squash"], ("squash",)),
         ([], ("COMMAND",)),
@@ -427,6 +429,46 @@ def test_other_commands_refuse_in_one_line(arguments, fragments, capsys):
 def test_body_without_head_cannot_be_evaluated(tiny_model, tiny_data, capsys):
     arguments = ["evaluate", "--model", str(tiny_model), "--task", "text-classification", "--data-dir", str(tiny_data)]
     refused(capsys, arguments, "--model", "no trained task head")
+
+
+def test_evaluation_longer_than_the_model_is_refused(tiny_model, tiny_data, capsys):
+    arguments = ["evaluate", "--model", str(tiny_model), "--task", "text-classification", "--data-dir", str(tiny_data)]
+    refused(capsys, [*arguments, "--max-length", "33"], "--max-length 33", "at most 32 tokens")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "limit"), [("bert", 40), ("roberta", 38), ("xlm-roberta", 38), ("mpnet", 38), ("layoutlmv3", 38)]
+)
+def test_positions_that_a_model_can_use(model_type, limit):
+    config = AutoConfig.for_model(model_type, max_position_embeddings=40, pad_token_id=1)
+    assert most_tokens(config) == limit
+    assert resolve_length(None, 128, config) == limit
+    assert resolve_length(None, 16, config) == 16
+    with pytest.raises(InputError, match=f"--max-length {limit + 1}: the model takes at most {limit} tokens"):
+        resolve_length(limit + 1, 128, config)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "mpnet"])
+def test_the_longest_input_runs(architecture):
+    model = build(architecture, pad_token_id=1).eval()
+    ids = torch.full((1, most_tokens(model.config)), 7)
+    assert bool(model(input_ids=ids).logits.isfinite().all())
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, ids.shape[1] + 1), 7))
+
+
+@pytest.mark.parametrize("task", ["text-classification", "question-answering"])
+def test_models_whose_outputs_are_nan_are_refused(task, tiny_model, tiny_data, tmp_path, capsys):
+    labels = ["0", "1"] if task == "text-classification" else None
+    model = load_dense(str(tiny_model), labels, task.removeprefix("text-"))[0]
+    next(iter(encoder_linears(model).values())).weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "nan")
+    data = tiny_data
+    if labels is None:
+        data = write_rows(tmp_path / "data" / "validation.jsonl", questions(4, seed=0)).parent
+    arguments = ["evaluate", "--model", str(tmp_path / "nan"), "--task", task, "--data-dir", str(data)]
+    refused(capsys, arguments, f"--model {tmp_path / 'nan'}", "not numbers")
 
 
 def test_bench_longer_than_the_model_is_refused(tiny_model, capsys):

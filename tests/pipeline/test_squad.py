@@ -39,7 +39,8 @@ from tiny import BAD, FILLER, GOOD, questions, write_model, write_rows
 
 CONTEXT = "The film was made in Rome. The cast is small."
 ROW = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Rome"], "answer_start": [21]}}
-IMPOSSIBLE = ROW | {"id": "b", "answers": {"text": [], "answer_start": []}}
+NONE = {"text": [], "answer_start": []}
+IMPOSSIBLE = ROW | {"id": "b", "answers": NONE}
 
 
 def squad_file(rows, version="1.1"):
@@ -242,11 +243,28 @@ def test_windows_without_room_are_refused(tokenizers):
     rows = dataset([ROW, ROW | {"id": "long", "question": "the film " * 10}])
     with pytest.raises(InputError, match=r"--doc-stride 4: windows of 24 tokens .* question long leaves 1 for its"):
         tokenize(rows, tokenizers["bert"], get_task("squad"), 24, spans=SpanOptions(doc_stride=4))
-    with pytest.raises(InputError, match=r"--doc-stride 128: windows of 128 tokens"):
-        tokenize(rows, tokenizers["bert"], get_task("squad"), 128)
+    with pytest.raises(InputError, match=r"question long leaves 0 for its"):
+        tokenize(rows, tokenizers["bert"], get_task("squad"), 20, spans=SpanOptions(doc_stride=0))
     slow = SimpleNamespace(is_fast=False, name_or_path="here")
     with pytest.raises(InputError, match=r"--model here: its tokenizer is not a fast one"):
         tokenize(rows, slow, get_task("squad"), 64)
+
+
+def test_contexts_that_fit_beside_their_question_need_no_stride(tokenizers):
+    rows = dataset([ROW | {"question": "the film " * 4, "context": "a plot of the film", "answers": NONE}] * 2)
+    for kind, length in (("bert", 16), ("roberta", 40)):
+        for stride in (0, 3, 128):
+            spans = SpanOptions(doc_stride=stride)
+            windows = tokenize(rows, tokenizers[kind], get_task("squad_v2"), length, spans=spans)
+            assert windows["example"] == [0, 1]
+            assert windows.to_dict() == tokenize(rows, tokenizers[kind], get_task("squad_v2"), 99).to_dict()
+    with pytest.raises(InputError, match=r"--doc-stride 4: .* question a leaves 4 for its context of 5"):
+        tokenize(rows, tokenizers["bert"], get_task("squad_v2"), 15, spans=SpanOptions(doc_stride=4))
+
+
+def test_windows_share_a_third_of_a_short_length():
+    assert [SpanOptions().stride(length) for length in (24, 128, 384, 512)] == [8, 42, 128, 128]
+    assert SpanOptions(doc_stride=0).stride(384) == 0
 
 
 @pytest.mark.parametrize(
@@ -579,9 +597,9 @@ def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
 
 def test_bad_questions_leave_nothing_behind(tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"--doc-stride 128: windows of 24 tokens"):
-        tiny_run(tiny_model, tmp_path, "squad", doc_stride=None)
+        tiny_run(tiny_model, tmp_path, "squad", doc_stride=128)
     with pytest.raises(InputError, match=r"--max-length 384: the model takes at most 32 tokens"):
-        tiny_run(tiny_model, tmp_path, "squad", max_length=None)
+        tiny_run(tiny_model, tmp_path, "squad", max_length=384)
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 

@@ -180,7 +180,7 @@ def tokenize(
     if max_length < _MIN_LENGTH:
         raise InputError(f"--max-length {max_length}: pass a number of at least {_MIN_LENGTH}")
     if spec.is_question_answering:
-        return tokenize_questions(dataset, tokenizer, max_length, (spans or SpanOptions()).doc_stride, description)
+        return tokenize_questions(dataset, tokenizer, max_length, spans or SpanOptions(), description)
     if labels is not None and not set(dataset.unique("label")) <= set(range(len(labels))):
         raise ValueError(f"labels={tuple(labels)!r}: the dataset has other labels: {sorted(dataset.unique('label'))}")
     columns = next(choice for choice in spec.text_columns if set(choice) <= set(dataset.column_names))

@@ -16,6 +16,8 @@ from ..errors import InputError
 from .tasks import TaskSpec
 
 _CHUNK = 1000
+#: tokens of the context that neighbouring windows share, where they are long enough
+DOC_STRIDE = 128
 #: character offset of tokens that are not of the context
 OUTSIDE = -1
 
@@ -25,7 +27,8 @@ class SpanOptions:
     """How contexts are cut into windows and how answers are read from a model's logits.
 
     Args:
-        doc_stride: tokens of the context that two neighbouring windows share. Default: 128.
+        doc_stride: tokens of the context that two neighbouring windows share. Default: 128, or a third of the
+            windows' length if that is less.
         n_best: starts and ends of a window that are tried, the best ones. Default: 20.
         max_answer_length: tokens of the longest answer. Default: 30.
         null_threshold: how far the score of "no answer" must be above that of the best answer. Default: 0.
@@ -34,17 +37,21 @@ class SpanOptions:
         InputError: an option outside its range.
     """
 
-    doc_stride: int = 128
+    doc_stride: int | None = None
     n_best: int = 20
     max_answer_length: int = 30
     null_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("doc_stride", 0), ("n_best", 1), ("max_answer_length", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         if not math.isfinite(self.null_threshold):
             raise InputError(f"--null-threshold {self.null_threshold}: must be a finite number")
+
+    def stride(self, length: int) -> int:
+        """Tokens that neighbouring windows of ``length`` tokens share."""
+        return min(DOC_STRIDE, length // 3) if self.doc_stride is None else self.doc_stride
 
 
 def span_options(spec: TaskSpec, options: Mapping[str, Any]) -> SpanOptions:
@@ -59,7 +66,7 @@ def span_options(spec: TaskSpec, options: Mapping[str, Any]) -> SpanOptions:
 
 
 def tokenize_questions(
-    questions: Dataset, tokenizer: Any, max_length: int, doc_stride: int, description: str = "tokenize"
+    questions: Dataset, tokenizer: Any, max_length: int, spans: SpanOptions, description: str = "tokenize"
 ) -> Dataset:
     """Windows of every question: the question, then as much of the context as fits.
 
@@ -67,7 +74,7 @@ def tokenize_questions(
         questions: a dataset with ``squad.FEATURES``.
         tokenizer: a fast transformers tokenizer.
         max_length: tokens per window.
-        doc_stride: tokens of the context that neighbouring windows share.
+        spans: how many tokens of the context neighbouring windows share.
 
     Returns:
         One row per window (at least one for every question, in the dataset's order), unpadded: input_ids,
@@ -88,20 +95,20 @@ def tokenize_questions(
     chunks = []
     starts = range(0, len(questions), _CHUNK)
     for start in tqdm(starts, desc=description, unit="chunk", delay=2, leave=False, disable=None):
-        chunks.append(_windows(questions[start : start + _CHUNK], start, tokenizer, limit, doc_stride))
+        chunks.append(_windows(questions[start : start + _CHUNK], start, tokenizer, limit, spans.stride(limit)))
     return datasets.concatenate_datasets(chunks)
 
 
 def _windows(rows: Mapping[str, list], first: int, tokenizer: Any, limit: int, doc_stride: int) -> Dataset:
     """The windows of a chunk of questions, of which the first has index ``first``."""
     texts = [text.strip() for text in rows["question"]]
-    _check_room(texts, rows["id"], tokenizer, limit, doc_stride)
+    _check_room(texts, rows, tokenizer, limit, doc_stride)
     encoded = tokenizer(
         texts,
         rows["context"],
         truncation="only_second",
         max_length=limit,
-        stride=doc_stride,
+        stride=max(0, min(doc_stride, limit - tokenizer.num_special_tokens_to_add(pair=True) - 1)),  # more is an error
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
@@ -123,17 +130,26 @@ def _windows(rows: Mapping[str, list], first: int, tokenizer: Any, limit: int, d
     return Dataset.from_dict(columns, features=Features({name: types[name] for name in columns}))
 
 
-def _check_room(questions: list[str], names: list[str], tokenizer: Any, limit: int, doc_stride: int) -> None:
-    """InputError for the first question that leaves no more than ``doc_stride`` tokens to its context."""
+def _check_room(questions: list[str], rows: Mapping[str, list], tokenizer: Any, limit: int, doc_stride: int) -> None:
+    """InputError for the first question whose context does not fit beside it, nor into windows that share
+    ``doc_stride`` tokens."""
     taken = tokenizer.num_special_tokens_to_add(pair=True)
-    for name, ids in zip(names, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True):
-        room = limit - taken - len(ids)
-        if room <= doc_stride:
+    rooms = [limit - taken - count for count in _token_counts(questions, tokenizer)]
+    tight = [index for index, room in enumerate(rooms) if room <= doc_stride]
+    contexts = _token_counts([rows["context"][index] for index in tight], tokenizer)
+    for index, context in zip(tight, contexts, strict=True):
+        if context > rooms[index]:
             raise InputError(
-                f"--doc-stride {doc_stride}: windows of {limit} tokens share so many, but question {name} leaves "
-                f"{max(room, 0)} for its context; pass a smaller --doc-stride, a larger --max-length or a shorter "
-                "question"
+                f"--doc-stride {doc_stride}: windows of {limit} tokens share so many, but question "
+                f"{rows['id'][index]} leaves {max(rooms[index], 0)} for its context of {context}; pass a smaller "
+                "--doc-stride, a larger --max-length or a shorter question"
             )
+
+
+def _token_counts(texts: list[str], tokenizer: Any) -> list[int]:
+    if not texts:
+        return []
+    return list(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
 
 
 def _covered(offsets: list[tuple[int, int]], sequences: list[int | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..models.checkpoint import load_config, load_task_model, task_class
 from ..models.count import encoder_params, forward_macs
 from ..models.device import device_name, resolve_device
+from ..models.positions import most_tokens
 from .latency import MODES, check_counts, interleaved_latency
 
 RANDOM_TWIN = "dense (random weights)"
@@ -55,7 +56,7 @@ def bench(
     if "graphed" in modes and target != "cuda":
         raise InputError("--mode graphed: CUDA graphs need an NVIDIA GPU; leave it out, or pass --device cuda")
     config = load_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = most_tokens(config)
     if limit and max(lengths) > limit:
         raise InputError(f"--length {max(lengths)}: the model takes at most {limit} tokens")
     models = {

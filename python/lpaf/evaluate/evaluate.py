@@ -14,11 +14,12 @@ from datasets import Dataset
 from ..data import TaskSpec, check_labels, get_task, load_task, tokenize
 from ..data.spans import span_options
 from ..errors import InputError
-from ..models.checkpoint import load_task_model, load_tokenizer
+from ..models.checkpoint import load_config, load_task_model, load_tokenizer
 from ..models.device import resolve_device
+from ..models.positions import resolve_length
 from ..processes import from_main, main_first, start
 from .metrics import compute_metrics, predictions_of
-from .predict import task_outputs
+from .predict import predict, read_logits
 
 
 def evaluate_directory(
@@ -40,7 +41,7 @@ def evaluate_directory(
 
     Args:
         model: directory (compressed or dense), Hub name or short name of a model with a head for the task.
-        max_length: tokens per example. Default: 384 for question answering, else 128.
+        max_length: tokens per example. Default: 384 for question answering, else 128; at most what the model takes.
         predictions: file for one JSON line per example: split, index, label, prediction, logits; for question
             answering split, index, id, prediction, score, null_score, answers.
         fuse: run the blocks of a compressed model as one operator each. Default: False.
@@ -50,19 +51,21 @@ def evaluate_directory(
         {"model", "task", "metrics": {split: {metric: value}}, "examples": {split: n}}.
 
     Raises:
-        InputError: bad input, labels outside the model's classes among it.
+        InputError: bad input, labels outside the model's classes or NaN weights among it.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if predictions and not Path(predictions).resolve().parent.is_dir():
         raise InputError(f"--predictions {predictions}: its folder does not exist")
+    if predictions and Path(predictions).is_dir():
+        raise InputError(f"--predictions {predictions}: is a directory; pass a file")
     start()
     spec = get_task(task)
-    length = spec.max_length if max_length is None else max_length
     given = {"doc_stride": doc_stride, "n_best": n_best, "max_answer_length": max_answer_length}
     spans = span_options(spec, given | {"null_threshold": null_threshold})
     target = resolve_device(device)
     with main_first():
+        length = resolve_length(max_length, spec.max_length, load_config(model))
         data = load_task(spec, data_dir=data_dir, validation_file=validation_file, evaluation_only=True)
         loaded = load_task_model(model, spec.problem, fuse=fuse)
         tokenizer = load_tokenizer(model)
@@ -71,7 +74,10 @@ def evaluate_directory(
     metrics, lines = {}, []
     for name, split in data.validation.items():
         encoded = tokenize(split, tokenizer, spec, length, data.labels, spans=spans)
-        outputs, labels = task_outputs(loaded, spec, split, encoded, tokenizer, spans, batch_size)
+        logits = predict(loaded, encoded, tokenizer, batch_size, problem=spec.problem)
+        if bool(logits.isnan().any()):
+            raise InputError(f"--model {model}: its outputs on {name} are not numbers (NaN); its weights are damaged")
+        outputs, labels = read_logits(logits, spec, split, encoded, spans)
         metrics[name] = compute_metrics(spec, outputs, labels)
         for index, row in enumerate(prediction_rows(spec, split, outputs, labels)):
             lines.append(json.dumps({"split": name, "index": index, **row}))
@@ -83,7 +89,7 @@ def evaluate_directory(
 
 
 def prediction_rows(spec: TaskSpec, examples: Dataset, outputs: Any, labels: Any) -> Iterator[dict[str, Any]]:
-    """What is written of every example of a split; ``outputs`` and ``labels`` are those of ``task_outputs``."""
+    """What is written of every example of a split; ``outputs`` and ``labels`` are those of ``read_logits``."""
     if spec.is_question_answering:
         for name, answer, truth in zip(examples["id"], outputs, labels, strict=True):
             score = answer.score if math.isfinite(answer.score) else None

@@ -119,7 +119,15 @@ def task_outputs(
     Returns:
         Logits [N, C] and labels [N]; for question answering N ``Answer`` and the true answers of every question.
     """
-    logits = predict(model, encoded, tokenizer, batch_size, problem=spec.problem).numpy()
+    logits = predict(model, encoded, tokenizer, batch_size, problem=spec.problem)
+    return read_logits(logits, spec, examples, encoded, spans)
+
+
+def read_logits(
+    logits: torch.Tensor, spec: TaskSpec, examples: Dataset, encoded: Dataset, spans: SpanOptions
+) -> tuple[Any, Any]:
+    """:func:`task_outputs` of what :func:`predict` said of ``encoded``."""
+    logits = logits.numpy()
     if not spec.is_question_answering:
         return logits, np.array(encoded["labels"])
     answers = best_answers(logits, encoded, examples["context"], spans, spec.unanswerable)

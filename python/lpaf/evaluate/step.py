@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..factorize import SVDFactorizer
 from ..models.count import matrix_shapes, resolve_rank
 from ..models.device import device_name, resolve_device
+from ..models.positions import most_tokens
 from ..models.targets import encoder_linears
 from ..prune.importance import ImportancePruner
 from ..prune.movement import HardMovementPruner, MovementPruner
@@ -192,7 +193,7 @@ def bench_steps(
     target = resolve_device(device)
     torch.manual_seed(0)
     dense = dense_twin(model)
-    limit = getattr(dense.config, "max_position_embeddings", None)
+    limit = most_tokens(dense.config)
     if limit and length > limit:
         raise InputError(f"--length {length}: the model takes at most {limit} tokens")
     rank = resolve_rank(matrix_shapes(dense), rank, ratio)

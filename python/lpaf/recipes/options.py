@@ -69,11 +69,14 @@ class CompressOptions:
     )
     max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
     max_length: int | None = option(
-        None, "tokens per example (default: 384 for questions, else 128)", "data", metavar="N"
+        None, "tokens per example (default: 384 for questions, else 128, or what the model takes)", "data", metavar="N"
     )
 
     doc_stride: int | None = option(
-        None, "tokens that neighbouring windows of a context share (default: 128)", "answers", metavar="N"
+        None,
+        "tokens that neighbouring windows of a context share (default: 128, or a third of --max-length if less)",
+        "answers",
+        metavar="N",
     )
     n_best: int | None = option(
         None, "starts and ends of a window that are tried (default: 20)", "answers", metavar="N"

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
+from ..models.positions import resolve_length
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
@@ -87,13 +88,13 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
 def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     """Data, tokenizer and model of a run, checked against each other and the size asked for."""
     spec = get_task(options.task)
-    max_length = options.max_length or spec.max_length
     spans = span_options(spec, {name: getattr(options, name) for name in answer_fields()})
     config = load_config(options.model)
     if is_compressed(config):
         raise InputError(
             f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
         )
+    max_length = resolve_length(options.max_length, spec.max_length, config)
     data = load_task(
         spec,
         data_dir=options.data_dir,
@@ -104,9 +105,6 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         seed=options.seed,
     )
     tokenizer = load_tokenizer(options.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and max_length > limit:
-        raise InputError(f"--max-length {max_length}: the model takes at most {limit} tokens")
     set_seed(options.seed)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         data = in_order_of_head(data, config, options)
