@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ from lpaf.prune import (
     GradualMagnitudePruner,
     LotteryTicketPruner,
     MagnitudePruner,
+    MovementPruner,
+    Pruner,
     SoftMovementPruner,
     Surroundings,
     contrastive,
@@ -55,6 +58,29 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 def test_every_choice_is_a_pruner():
     assert set(PRUNER_CHOICES) < PRUNERS.keys()
+
+
+@pytest.mark.parametrize("cls", PRUNERS.values(), ids=PRUNERS)
+def test_every_pruner_has_what_the_recipes_ask_for(cls):
+    assert issubclass(cls, Pruner)
+    methods = ["attach", "detach"]
+    methods += ["callback"] * cls.trains + ["look_around"] * cls.looks_back
+    if cls.rounds or "rounds" in inspect.signature(cls).parameters:
+        methods += ["end_round", "next_round"]
+    assert all(callable(getattr(cls, name)) for name in methods)
+    assert all(isinstance(getattr(cls, name), bool) for name in ("trains", "learned_scores", "looks_back"))
+    assert cls.distill is None or 0 <= cls.distill <= 1
+
+
+@pytest.mark.parametrize("cls", [MovementPruner, SoftMovementPruner])
+def test_scores_of_a_zero_matrix_start_at_zero(model, cls):
+    name, linear = next(iter(encoder_linears(model).items()))
+    linear.weight.data.zero_()
+    options = {} if cls is SoftMovementPruner else {"keep": 0.5}
+    cls(**options, score_init=4.0).attach(model)
+    modules = dict(masked_linears(model))
+    assert not bool(modules.pop(name).scores.any())
+    assert all(module.scores.mean().item() == pytest.approx(4.0, rel=1e-4) for module in modules.values())
 
 
 def test_a_schedule_may_rise_from_zero():
@@ -148,13 +174,29 @@ class TestSoftMovement:
             scheduler.step()
         assert rate_sum(scheduler, 100) == pytest.approx(total)
 
-    @pytest.mark.parametrize(("steps", "warns"), [(430, True), (450, False)])
-    def test_warns_of_a_run_too_short(self, steps, warns, capsys):
+    @pytest.mark.parametrize(
+        ("steps", "start", "warns"), [(430, 0.0, True), (450, 0.0, False), (450, 1.0, True), (650, 1.0, False)]
+    )
+    def test_warns_of_a_run_too_short(self, model, steps, start, warns, capsys):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
         scheduler = get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
-        callback = SoftMovementPruner().callback(steps)
-        callback.on_train_begin(None, TrainerState(max_steps=steps), None, lr_scheduler=scheduler)
-        assert ("before anything is pruned" in capsys.readouterr().err) == warns
+        pruner = SoftMovementPruner()
+        pruner.attach(model)
+        for _, module in masked_linears(model):
+            module.scores.data.fill_(start)
+        state = TrainerState(max_steps=steps)
+        pruner.callback(steps).on_train_begin(None, state, None, model=model, lr_scheduler=scheduler)
+        assert ("before they are pruned" in capsys.readouterr().err) == warns
+
+    @pytest.mark.parametrize(("penalty", "step", "warns"), [(0.0, 0, True), (0.0, 3, False), (1.0, 0, False)])
+    def test_warns_where_nothing_pushes_the_scores_down(self, model, penalty, step, warns, capsys):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_linear_schedule_with_warmup(optimizer, 0, 10)
+        pruner = SoftMovementPruner(penalty=penalty)
+        pruner.attach(model)
+        state = TrainerState(max_steps=10, global_step=step)
+        pruner.callback(10).on_train_begin(None, state, None, model=model, lr_scheduler=scheduler)
+        assert ("--penalty 0" in capsys.readouterr().err) == warns
 
     def test_nan_scores_stop_the_run(self, model):
         pruner = SoftMovementPruner()
@@ -207,7 +249,15 @@ class TestMagnitude:
         assert [step for step in range(1, 100) if shares[step] != shares[step - 1]] == [20, 30, 40, 50, 60, 70]
         for step in range(20, 71, 10):
             assert shares[step] == pytest.approx(schedule(step), abs=1e-3)
-        assert callback.progress == {"keep": 0.4}
+        assert callback.progress == {"keep": shares[99]} == {"keep": pytest.approx(0.4, abs=1e-3)}
+
+    def test_gradual_logs_the_share_of_the_last_selection(self, model):
+        pruner = GradualMagnitudePruner(0.4, warmup=0.1, cooldown=0.3, interval=10)
+        pruner.attach(model)
+        callback = pruner.callback(steps=100)
+        for step in range(20, 30):
+            callback.on_step_begin(None, TrainerState(global_step=step), None, model=model)
+        assert callback.progress == {"keep": pytest.approx(callback.schedule(20), abs=1e-3)}
 
     def test_gradual_masks_let_weights_return_until_they_stand(self, model):
         pruner = GradualMagnitudePruner(0.5, cooldown=0.3, interval=1)

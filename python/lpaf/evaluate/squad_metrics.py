@@ -1,4 +1,7 @@
-"""SQuAD's exact match and F1 of one answer, as its official scripts define them."""
+"""Exact match and F1 of one answer by the rule of SQuAD 2.0's official script, for SQuAD 1.1 too.
+
+The script of 1.1 differs where normalisation leaves nothing of a true answer ("the"): 2.0 leaves such answers out.
+"""
 
 from __future__ import annotations
 

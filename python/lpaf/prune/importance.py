@@ -24,6 +24,7 @@ from lpaf_kernels import (
 
 from ..factorize.svd import balance
 from ..models.targets import encoder_linears
+from .pruner import Pruner
 from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
 
@@ -32,7 +33,7 @@ def sparse_linears(model: nn.Module) -> Iterator[tuple[str, LowRankPlusSparseLin
     return ((name, part) for name, part in model.named_modules() if isinstance(part, LowRankPlusSparseLinear))
 
 
-class ImportancePruner:
+class ImportancePruner(Pruner):
     """Keeps the most important neurons of S beside a low-rank part.
 
     Args:

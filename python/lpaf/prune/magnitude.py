@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from lpaf_kernels import set_thresholds, zero_pruned_
 
 from ..models.targets import encoder_linears
-from .masks import add_masks, masked_linears, remove_masks
+from .masks import add_masks, kept_share, masked_linears, remove_masks
 from .pruner import Pruner
 from .schedule import CubicSchedule, check_scope, refuse_nan, select
 
@@ -46,7 +46,7 @@ class MagnitudePruner(Pruner):
 def mask_smallest(model: nn.Module, keep: float, scope: str, nested: bool = False) -> None:
     """Mask all but the ``keep`` share of the weights with the largest |W|.
 
-    Masked weights compete with the value that they keep, or, ``nested``, stay masked. Every MaskedLinear's scores
+    Masked weights compete with the value that they have, or, ``nested``, stay masked. Every MaskedLinear's scores
     become |W| of this moment (-1 where a weight must stay masked), so that the mask stands until the next call.
     """
     modules = [module for _, module in masked_linears(model)]
@@ -66,9 +66,9 @@ def unmask(model: nn.Module) -> dict[str, torch.Tensor]:
 class GradualMagnitudePruner(Pruner):
     """The smallest |W| are masked step by step under the cubic schedule while the others train (Zhu and Gupta, 2017).
 
-    As there, a masked weight keeps its value and gets no gradient; it returns when others shrink below it. Zeroed in
-    place it would never, and Adam's momentum would move it off zero until the next selection. From the first step at
-    the final share on, the mask stands.
+    As there, a masked weight is not zeroed but left out, and gets no gradient; AdamW still moves it, by the momentum of
+    earlier gradients until that has died out, and by weight decay. It returns when it is larger than others at a
+    selection. From the first step at the final share on, the mask stands.
 
     Args:
         keep, scope: as for :class:`MagnitudePruner`.
@@ -108,9 +108,14 @@ class GradualMagnitudeCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
         keep, before = self.schedule(step), self.schedule(step - 1)
-        self.progress = {"keep": keep}
+        self.model = model
         if keep < before and (step % self.pruner.interval == 0 or keep == self.pruner.keep):
             mask_smallest(model, keep, self.pruner.scope)
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """The share that the last selection left; counted when it is read."""
+        return {"keep": kept_share(self.model)}
 
     def on_log(self, args, state, control, model=None, **kwargs):
         refuse_nan([module.weight for _, module in masked_linears(model)])

@@ -29,7 +29,8 @@ def add_masks(model: nn.Module, score_init: float = 0.0, learned: bool = True) -
         masked = MaskedLinear.from_linear(linear)
         if score_init:
             magnitude = linear.weight.detach().abs()
-            masked.scores.data.copy_(score_init * magnitude / magnitude.mean())
+            mean = magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny)  # of a matrix of zeros: 0
+            masked.scores.data.copy_(score_init * magnitude / mean)
         masked.scores.requires_grad_(learned)
         model.set_submodule(name, masked)
 

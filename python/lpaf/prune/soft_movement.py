@@ -100,6 +100,12 @@ def mean_sigmoid(model: nn.Module) -> torch.Tensor:
     return torch.stack([score.float().sigmoid().sum() for score in scores]).sum() / sum(map(torch.numel, scores))
 
 
+@torch.no_grad()
+def median_score(model: nn.Module) -> float:
+    """Median over all scores of ``model``."""
+    return float(torch.cat([module.scores.flatten() for _, module in masked_linears(model)]).median())
+
+
 class SoftPruningCallback(TrainerCallback):
     """Sets tau and the penalty's weight before every step, and warns of a run too short to prune anything."""
 
@@ -112,14 +118,21 @@ class SoftPruningCallback(TrainerCallback):
         """lambda_t * mean sigmoid(S), the loss term."""
         return {"penalty": self.weight * mean_sigmoid(model)} if self.weight else {}
 
-    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        # Under Adam a score moves by about its learning rate a step, from 0 down to logit(tau).
-        travel, needed = rate_sum(lr_scheduler, state.max_steps), -logit(self.pruner.threshold)
-        if state.global_step == 0 and state.is_world_process_zero and travel < needed:
+    def on_train_begin(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        if state.global_step > 0:
+            return
+        if self.pruner.penalty == 0:
+            say(
+                "soft-movement: --penalty 0 leaves nothing that pushes the scores down; what is pruned is up to the task"
+            )
+        # Under Adam a score moves by about its learning rate a step, from where it starts down to logit(tau).
+        travel = rate_sum(lr_scheduler, state.max_steps)
+        needed = median_score(model) - logit(self.pruner.threshold)
+        if travel < needed:
             say(
                 f"soft-movement: the scores' learning rates sum to {travel:.2g} over {state.max_steps} updates, and "
-                f"scores must fall by about {needed:.2g} before anything is pruned; train longer, or pass a larger "
-                "--score-lr"
+                f"half of the scores must fall by {needed:.2g} or more before they are pruned; train longer, or pass a "
+                "larger --score-lr"
             )
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
