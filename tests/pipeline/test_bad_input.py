@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lpaf
 from lpaf.cli import main
+from lpaf.data import get_task
 from lpaf.errors import InputError
-from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
+from lpaf.models.checkpoint import load_config, load_dense, load_tokenizer, save_compressed
 from lpaf.models.positions import most_tokens, resolve_length
 from lpaf.models.targets import encoder_linears
 from lpaf.recipes.methods import get_method
@@ -52,6 +55,7 @@ def words(options: dict) -> list[str]:
 
 def refused(capsys, arguments: list[str], *fragments: str) -> str:
     """Run the command line in this process and check how it refuses."""
+    capsys.readouterr()  # what preparing it said
     try:
         status = main(arguments)
     except SystemExit as exit_:  # argparse's own errors
@@ -163,10 +167,33 @@ def test_pruners_that_look_back_want_a_pretrained_model(pruner, base, tiny_model
 
 
 def test_cap_is_for_sentences():
-    method = get_method("lpaf").with_options(CompressOptions("m", "squad", "out", pruner="cap"))
-    spec = namedtuple("Spec", "problem")("question-answering")
+    options = CompressOptions("m", "squad", "out", pruner="cap")
+    method = get_method("lpaf").with_options(options)
+    data = SimpleNamespace(spec=get_task("squad"))
     with pytest.raises(InputError, match="--pruner cap: contrasts sentences"):
-        check_pruner_task(method, namedtuple("Data", "spec")(spec), 1.0)
+        check_pruner_task(method, data, 1.0, options, None, None)
+
+
+@pytest.mark.parametrize(
+    ("configured", "tokenized", "fits"),
+    [
+        ({}, {}, True),
+        ({"is_decoder": True}, {}, False),
+        ({"architectures": ["GPT2LMHeadModel"]}, {}, False),
+        ({}, {"cls_token": None}, False),
+        ({}, {"padding_side": "left"}, False),
+    ],
+)
+def test_cap_is_for_models_whose_first_token_sees_the_sentence(tiny_model, configured, tokenized, fits):
+    options = CompressOptions("here", "sst2", "out", pruner="cap")
+    method = get_method("lpaf").with_options(options)
+    data = SimpleNamespace(spec=get_task("sst2"))
+    config, tokenizer = load_config(str(tiny_model)), load_tokenizer(str(tiny_model))
+    for part, changes in ((config, configured), (tokenizer, tokenized)):
+        for name, value in changes.items():
+            setattr(part, name, value)
+    with nullcontext() if fits else pytest.raises(InputError, match=r"--pruner cap: .* first token, .* --model here"):
+        check_pruner_task(method, data, 1.0, options, config, tokenizer)
 
 
 # models -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from lpaf.data.squad import FEATURES
 from lpaf.errors import InputError
 from lpaf.evaluate.answers import best_answers
 from lpaf.evaluate.evaluate import evaluate_directory
-from lpaf.evaluate.metrics import compute_metrics, example_scores, paired_test
+from lpaf.evaluate.metrics import compute_metrics, example_scores, paired_scores
 from lpaf.evaluate.predict import predict
 from lpaf.models.checkpoint import load_dense, load_task_model, load_tokenizer, save_compressed
 from lpaf.models.targets import encoder_linears
@@ -82,6 +82,12 @@ def test_ids_are_optional(tmp_path):
     assert data.train["id"][:] == ["0", "1"]
 
 
+def test_made_up_ids_are_nobody_elses(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [ROW | {"id": name} for name in (None, "0", 3, None, None, "0_")])
+    data = load_task("question-answering", train_file=path, validation_file=path)
+    assert data.train["id"][:] == ["0__", "0", "3", "3_", "4", "0_"]
+
+
 def test_questions_without_an_answer_are_for_squad_v2(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(squad_file([ROW, IMPOSSIBLE], "2.0")))
@@ -114,9 +120,15 @@ def changed(**changes):
         ("x.jsonl", changed(id=[1]), "'id' is a list"),
         ("x.jsonl", changed() + "\n" + changed(), "line 2: id 'a' occurs twice"),
         ("x.jsonl", changed(is_impossible=True), "'is_impossible' is True but there are 1 answers"),
-        ("x.json", json.dumps({"data": [{"paragraphs": 3}]}), "article 1, paragraph 1, question 1: 'question'"),
+        ("x.json", json.dumps({"data": [{"paragraphs": 3}]}), "article 1: 'paragraphs' is a int, expected a list"),
+        ("x.json", json.dumps({"data": [{"paragraphs": [{"context": CONTEXT}]}]}),
+         "article 1, paragraph 1: 'qas' is missing; pass a file in SQuAD's format"),
+        ("x.json", json.dumps({"data": [ROW, ROW | {"context": 7}]}, indent=1), "row 2: 'context' is a int"),
+        ("x.json", json.dumps([ROW, ROW | {"context": 7}]), "line 1: 'context' is a int"),
         ("x.json", json.dumps({"data": [{"paragraphs": []}]}), "has no questions"),
         ("x.json", json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [3]}]}]}),
+         "article 1, paragraph 1, question 1: is a int, expected an object"),
+        ("x.json", json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": [{"id": "a"}]}]}]}),
          "article 1, paragraph 1, question 1: 'question' is missing"),
         ("x.csv", "id,question,context,answers\n", "csv cannot hold answers; pass a .json, .jsonl or .parquet"),
     ],
@@ -411,10 +423,9 @@ def test_paired_test_of_answers():
     spec, truth = get_task("squad"), [["Rome"]] * 6
     good, bad = ["Rome"] * 6, ["in Rome"] * 3 + ["Rome"] * 2 + ["Paris"]
     assert example_scores(spec, bad, truth).tolist() == pytest.approx([2 / 3] * 3 + [1, 1, 0])
-    result = paired_test(spec, good, bad, truth)
+    result = paired_scores(example_scores(spec, good, truth), example_scores(spec, bad, truth))
     assert (result.test, result.only_a, result.only_b, result.examples) == ("paired-t", 4, 0, 6)
     assert result.difference == pytest.approx(2 / 6)
-    assert paired_test(spec, good, ["Rome"] * 3 + ["Paris"] * 3, truth).test == "mcnemar"
 
 
 # --- models

@@ -20,14 +20,15 @@ from ..errors import InputError
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
-Row = tuple[int, dict[str, Any]]
+#: (place in the file, {column: value})
+Row = tuple[str, dict[str, Any]]
 
 
 def read_rows(path: Path, argument: str) -> list[Row]:
-    """All rows of a file as (line, {column: value}).
+    """All rows of a file as (place, {column: value}).
 
-    The line is the file's, counted from 1 (for parquet, which has none, the row's number). Values of csv
-    files are strings.
+    The place is "line 7", counted from 1, or "row 7" of parquet and of the array under "data". Values of csv files are
+    strings.
 
     Args:
         path: the file; its suffix says what it holds. A .json file is an array of objects, an object with
@@ -51,14 +52,9 @@ def read_rows(path: Path, argument: str) -> list[Row]:
     return rows
 
 
-def bad_row(argument: str, path: Path, line: int, fault: str, remedy: str = "fix or remove the row") -> InputError:
+def bad_row(argument: str, path: Path, place: str, fault: str, remedy: str = "fix or remove the row") -> InputError:
     """The one-line error for a row."""
-    return InputError(f"{argument} {path}: {row_place(path, line)}: {fault}; {remedy}")
-
-
-def row_place(path: Path, line: int) -> str:
-    """What :func:`read_rows` counts in this file: "line 7", or "row 7" of parquet."""
-    return f"{'row' if path.suffix.lower() == '.parquet' else 'line'} {line}"
+    return InputError(f"{argument} {path}: {place}: {fault}; {remedy}")
 
 
 def _lines(path: Path, argument: str) -> Iterator[tuple[int, str]]:
@@ -68,7 +64,7 @@ def _lines(path: Path, argument: str) -> Iterator[tuple[int, str]]:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise bad_row(
-                    argument, path, number, f"not UTF-8 ({error.reason})", "save the file as UTF-8"
+                    argument, path, f"line {number}", f"not UTF-8 ({error.reason})", "save the file as UTF-8"
                 ) from error
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
@@ -77,7 +73,7 @@ def _csv_rows(path: Path, argument: str) -> Iterator[Row]:
     reader = csv.reader((text for _, text in _lines(path, argument)), strict=True)
     header: list[str] = []
     while True:
-        line = reader.line_num + 1
+        line = f"line {reader.line_num + 1}"
         try:
             values = next(reader)
         except StopIteration:
@@ -97,10 +93,10 @@ def _csv_rows(path: Path, argument: str) -> Iterator[Row]:
             yield line, dict(zip(header, values, strict=True))
 
 
-def _object(value: Any, path: Path, argument: str, line: int) -> Row:
+def _object(value: Any, path: Path, argument: str, place: str) -> Row:
     if not isinstance(value, dict):
-        raise bad_row(argument, path, line, f"not a JSON object but a {type(value).__name__}")
-    return line, value
+        raise bad_row(argument, path, place, f"not a JSON object but a {type(value).__name__}")
+    return place, value
 
 
 def _jsonl_rows(path: Path, argument: str) -> Iterator[Row]:
@@ -109,8 +105,8 @@ def _jsonl_rows(path: Path, argument: str) -> Iterator[Row]:
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
-                raise bad_row(argument, path, line, f"not valid JSON ({error.msg})") from error
-            yield _object(value, path, argument, line)
+                raise bad_row(argument, path, f"line {line}", f"not valid JSON ({error.msg})") from error
+            yield _object(value, path, argument, f"line {line}")
 
 
 def _json_rows(path: Path, argument: str) -> Iterator[Row]:
@@ -125,11 +121,11 @@ def _json_rows(path: Path, argument: str) -> Iterator[Row]:
         if error.msg == "Extra data":
             yield from _jsonl_rows(path, argument)
             return
-        raise bad_row(argument, path, error.lineno, f"not valid JSON ({error.msg})") from error
+        raise bad_row(argument, path, f"line {error.lineno}", f"not valid JSON ({error.msg})") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
-        yield from (_object(row, path, argument, number) for number, row in enumerate(value["data"], start=1))
+        yield from (_object(row, path, argument, f"row {number}") for number, row in enumerate(value["data"], start=1))
     elif first:
-        yield _object(value, path, argument, 1)
+        yield _object(value, path, argument, "line 1")
 
 
 def _array_rows(text: str, start: int, path: Path, argument: str) -> Iterator[Row]:
@@ -150,17 +146,18 @@ def _array_rows(text: str, start: int, path: Path, argument: str) -> Iterator[Ro
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise bad_row(argument, path, error.lineno, f"not valid JSON ({error.msg})") from error
-        yield _object(value, path, argument, line)
+            raise bad_row(argument, path, f"line {error.lineno}", f"not valid JSON ({error.msg})") from error
+        yield _object(value, path, argument, f"line {line}")
         at = skip(end)
         separator = text[at : at + 1]
         if separator not in (",", "]"):
             line += text.count("\n", counted, at)
-            raise bad_row(argument, path, line, "not valid JSON (expected ',' or ']' after the object)")
+            raise bad_row(argument, path, f"line {line}", "not valid JSON (expected ',' or ']' after the object)")
         closed = separator == "]"
         at = skip(at + 1)
     if text[at:].strip():
-        raise bad_row(argument, path, text.count("\n", 0, at) + 1, "not valid JSON (text after the array)")
+        line = text.count("\n", 0, at) + 1
+        raise bad_row(argument, path, f"line {line}", "not valid JSON (text after the array)")
 
 
 def _parquet_rows(path: Path, argument: str) -> Iterator[Row]:
@@ -171,4 +168,4 @@ def _parquet_rows(path: Path, argument: str) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{argument} {path}: not a readable parquet file ({reason}); write it again") from error
-    yield from enumerate(table.to_pylist(), start=1)
+    yield from ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))

@@ -348,43 +348,43 @@ def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source) -> tuple[str
     return choice
 
 
-def _label(row: Mapping[str, Any], line: int, spec: TaskSpec, source: _Source) -> str | int | float:
+def _label(row: Mapping[str, Any], place: str, spec: TaskSpec, source: _Source) -> str | int | float:
     """A row's label as it is in the file: a bool is 0 or 1, a float without a fraction a whole number."""
     value = row.get(spec.label_column)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise bad_row(source.argument, source.path, line, "label missing")
+        raise bad_row(source.argument, source.path, place, "label missing")
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
     if not isinstance(value, str | int | float):
         fault = f"label is a {type(value).__name__}, expected a number or a name"
-        raise bad_row(source.argument, source.path, line, fault)
+        raise bad_row(source.argument, source.path, place, fault)
     return value
 
 
-def _class_name(row: Mapping[str, Any], line: int, spec: TaskSpec, source: _Source) -> str:
+def _class_name(row: Mapping[str, Any], place: str, spec: TaskSpec, source: _Source) -> str:
     """The name of a row's class; "1", 1 and 1.0 are the class "1"."""
-    value = _label(row, line, spec, source)
+    value = _label(row, place, spec, source)
     if isinstance(value, float):
         remedy = "pass class names or whole numbers, or use a regression task"
-        raise bad_row(source.argument, source.path, line, f"label {value} is not a class", remedy)
+        raise bad_row(source.argument, source.path, place, f"label {value} is not a class", remedy)
     name = str(value).strip()
     return str(int(name)) if _WHOLE.fullmatch(name) else name
 
 
 def _class_names(rows: list[Row], spec: TaskSpec, source: _Source) -> tuple[str, ...]:
     """The classes of a file: whole numbers by size, names in alphabetical order."""
-    names = {_class_name(row, line, spec, source) for line, row in rows}
+    names = {_class_name(row, place, spec, source) for place, row in rows}
     return tuple(sorted(names, key=int if all(_WHOLE.fullmatch(name) for name in names) else str))
 
 
-def _number(row: Mapping[str, Any], line: int, spec: TaskSpec, source: _Source) -> float:
-    value = _label(row, line, spec, source)
+def _number(row: Mapping[str, Any], place: str, spec: TaskSpec, source: _Source) -> float:
+    value = _label(row, place, spec, source)
     try:
         number = float(value)
     except ValueError:
-        raise bad_row(source.argument, source.path, line, f"label {value!r} is not a number") from None
+        raise bad_row(source.argument, source.path, place, f"label {value!r} is not a number") from None
     if not math.isfinite(number):
-        raise bad_row(source.argument, source.path, line, f"label is {number}, expected a finite number")
+        raise bad_row(source.argument, source.path, place, f"label is {number}, expected a finite number")
     return number
 
 
@@ -401,20 +401,20 @@ def _dataset(
     if spec.labels is not None:
         indices |= {str(index): index for index in range(len(spec.labels))}
     content: dict[str, list[Any]] = {column: [] for column in (*columns, "label")}
-    for line, row in rows:
+    for place, row in rows:
         for column in columns:
             text = row.get(column)
             if not isinstance(text, str):
                 fault = "is missing" if text is None else f"is a {type(text).__name__}, expected text"
-                raise bad_row(source.argument, source.path, line, f"column {column!r} {fault}")
+                raise bad_row(source.argument, source.path, place, f"column {column!r} {fault}")
             content[column].append(text)
         if labels is None:
-            content["label"].append(_number(row, line, spec, source))
+            content["label"].append(_number(row, place, spec, source))
             continue
-        name = _class_name(row, line, spec, source)
+        name = _class_name(row, place, spec, source)
         if name not in indices:
             fault = f"label {name!r} is not one of the classes ({_listed(labels)})"
-            raise bad_row(source.argument, source.path, line, fault)
+            raise bad_row(source.argument, source.path, place, fault)
         content["label"].append(indices[name])
     return Dataset.from_dict(content, features=_features(spec, columns))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
 from ..errors import InputError
-from .files import read_rows, row_place
+from .files import read_rows
 from .tasks import TaskSpec
 
 FEATURES = Features(
@@ -23,7 +23,7 @@ FEATURES = Features(
 
 _SHOWN = 40
 
-# (where in the file, the question's own columns)
+# (argument, file and where in it; the question's own columns)
 Question = tuple[str, Mapping[str, Any]]
 
 
@@ -55,12 +55,13 @@ def read_questions(path: Path, argument: str, spec: TaskSpec) -> Dataset:
         try:
             checked = _checked(question, spec, seen)
         except _BadQuestion as error:
-            raise InputError(f"{argument} {path}: {place}: {error}") from None
+            raise InputError(f"{place}: {error}") from None
         seen.add(checked["id"])
         for name, value in checked.items():
             content[name].append(value)
-    if not seen:
+    if not content["id"]:
         raise InputError(f"{argument} {path}: has no questions; pass a file with at least one")
+    content["id"] = _all_named(content["id"])
     return Dataset.from_dict(content, features=FEATURES)
 
 
@@ -73,11 +74,11 @@ def check_answerable(questions: Dataset, argument: str) -> None:
 
 
 def _questions(path: Path, argument: str) -> Iterator[Question]:
-    for number, (line, row) in enumerate(read_rows(path, argument), start=1):
+    for number, (place, row) in enumerate(read_rows(path, argument), start=1):
         if "paragraphs" in row:
-            yield from _article(row, f"article {number}")
+            yield from _article(row, f"{argument} {path}: article {number}")
         else:
-            yield row_place(path, line), row
+            yield f"{argument} {path}: {place}", row
 
 
 def _article(article: Mapping[str, Any], place: str) -> Iterator[Question]:
@@ -87,22 +88,31 @@ def _article(article: Mapping[str, Any], place: str) -> Iterator[Question]:
 
 
 def _objects(parent: Mapping[str, Any], key: str, place: str, name: str) -> Iterator[Question]:
-    """The objects in the list ``parent[key]``, each with its place; what is no object becomes an empty one."""
+    """The objects in the list ``parent[key]``, each with its place."""
     items = parent.get(key)
-    for number, item in enumerate(items if isinstance(items, list) else [None], start=1):
-        yield f"{place}, {name} {number}", item if isinstance(item, dict) else {}
+    if not isinstance(items, list):
+        fault = "is missing" if items is None else f"is a {type(items).__name__}, expected a list"
+        raise InputError(f"{place}: {key!r} {fault}; pass a file in SQuAD's format")
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise InputError(
+                f"{place}, {name} {number}: is a {type(item).__name__}, expected an object; fix or remove it"
+            )
+        yield f"{place}, {name} {number}", item
 
 
 def _checked(question: Mapping[str, Any], spec: TaskSpec, seen: Set[str]) -> dict[str, Any]:
-    """The question with ``FEATURES``; without an id it gets its number. ``seen`` are the ids before it."""
+    """The question with ``FEATURES``; its id is None where it has none. ``seen`` are the ids before it."""
     texts = {name: _text(question.get(name), name) for name in ("question", "context")}
     if not texts["context"].strip():
         raise _BadQuestion("'context' is empty")
-    identity = question.get("id", len(seen))
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise _BadQuestion(f"'id' is a {type(identity).__name__}, expected text")
-    if str(identity) in seen:
-        raise _BadQuestion(f"id {str(identity)!r} occurs twice", "rename one of the two")
+    identity = question.get("id")
+    if identity is not None:
+        if isinstance(identity, bool) or not isinstance(identity, str | int):
+            raise _BadQuestion(f"'id' is a {type(identity).__name__}, expected text")
+        identity = str(identity)
+        if identity in seen:
+            raise _BadQuestion(f"id {identity!r} occurs twice", "rename one of the two")
     answers = [_answer(text, start, texts["context"]) for text, start in _pairs(question.get("answers"))]
     impossible = question.get("is_impossible")
     if isinstance(impossible, bool) and impossible != (not answers):
@@ -110,7 +120,19 @@ def _checked(question: Mapping[str, Any], spec: TaskSpec, seen: Set[str]) -> dic
     if not answers and not spec.unanswerable:
         raise _BadQuestion(f"task {spec.name}: the question has no answer", "remove it, or pass --task squad_v2")
     found = {"text": [text for text, _ in answers], "answer_start": [start for _, start in answers]}
-    return {"id": str(identity), **texts, "answers": found}
+    return {"id": identity, **texts, "answers": found}
+
+
+def _all_named(ids: Sequence[str | None]) -> list[str]:
+    """``ids`` with a question's number where it has none, and underscores after it where that is another's id."""
+    taken, named = set(ids), []
+    for number, identity in enumerate(ids):
+        if identity is None:
+            identity = str(number)
+            while identity in taken:
+                identity += "_"
+        named.append(identity)
+    return named
 
 
 def _text(value: Any, name: str) -> str:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -112,11 +111,6 @@ def example_scores(
     return scores.astype(np.float32)
 
 
-def main_metric(spec: TaskSpec, metrics: dict[str, float]) -> float:
-    """The value that stands for the task."""
-    return metrics[spec.main_metric]
-
-
 def _correlation(function: Callable, predictions: np.ndarray, truth: np.ndarray) -> float:
     if len(truth) < 2:
         return 0.0
@@ -133,8 +127,7 @@ class PairedTest:
     Args:
         test: "mcnemar" or "paired-t".
         p_value: two-sided; 1.0 where the two models do the same.
-        difference: a's advantage over b: the difference of the mean scores (accuracy, F1), or b's mean squared
-            error minus a's.
+        difference: a's advantage over b, the difference of the mean scores.
         only_a: examples that a alone has right, or that a does better.
         only_b: the same for b.
         examples: number of examples.
@@ -148,52 +141,19 @@ class PairedTest:
     examples: int
 
 
-def mcnemar(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
-    """Exact McNemar test of two classifiers on the same examples.
-
-    Of the examples that exactly one has right, each is the winner with probability 1/2 under the null
-    hypothesis; the p-value is the two-sided binomial one.
-
-    Args:
-        a, b: predicted classes [B].
-        labels: true classes [B].
-
-    Raises:
-        ValueError: the lengths differ or are 0.
-    """
-    a, b, labels = _same_length(a=a, b=b, labels=labels)
-    return _mcnemar(a == labels, b == labels)
-
-
-def paired_t(a: ArrayLike, b: ArrayLike, labels: ArrayLike) -> PairedTest:
-    """Paired t-test of two regressors' squared errors on the same examples.
-
-    Args:
-        a, b: predicted numbers [B].
-        labels: true numbers [B].
-
-    Raises:
-        ValueError: the lengths differ or are 0.
-    """
-    a, b, labels = (array.astype(np.float64) for array in _same_length(a=a, b=b, labels=labels))
-    return _paired_t(-((a - labels) ** 2), -((b - labels) ** 2))
-
-
 def paired_scores(a: ArrayLike, b: ArrayLike) -> PairedTest:
     """Whether two models differ by their ``example_scores`` [B] on the same examples.
 
-    McNemar's test where every score is 0 or 1 (right or wrong), else the paired t-test.
+    Where every score is 0 or 1 (right or wrong) the exact McNemar test: of the examples that exactly one has right,
+    each is the winner with probability 1/2 under the null hypothesis. Else the paired t-test. Both are two-sided.
 
     Raises:
         ValueError: the lengths differ or are 0.
     """
-    a, b = (array.astype(np.float64) for array in _same_length(a=a, b=b))
+    a, b = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
+    if a.shape != b.shape or a.ndim != 1 or a.size == 0:
+        raise ValueError(f"a, b have shapes {a.shape}, {b.shape}: expected each to be [B] with B >= 1")
     return _mcnemar(a == 1, b == 1) if np.isin((a, b), (0, 1)).all() else _paired_t(a, b)
-
-
-def paired_test(spec: TaskSpec, a: Any, b: Any, labels: Any) -> PairedTest:
-    """``paired_scores`` of two models' outputs, which are as for :func:`compute_metrics`."""
-    return paired_scores(example_scores(spec, a, labels), example_scores(spec, b, labels))
 
 
 def _mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> PairedTest:
@@ -211,11 +171,3 @@ def _paired_t(a: np.ndarray, b: np.ndarray) -> PairedTest:
     else:
         p_value = float(scipy.stats.ttest_rel(a, b).pvalue)
     return PairedTest("paired-t", p_value, float(gain.mean()), int((gain > 0).sum()), int((gain < 0).sum()), len(gain))
-
-
-def _same_length(**arguments: ArrayLike) -> list[np.ndarray]:
-    arrays = [np.asarray(argument) for argument in arguments.values()]
-    shapes = [array.shape for array in arrays]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
-        raise ValueError(f"{', '.join(arguments)} have shapes {shapes}: expected each to be [B] with B >= 1")
-    return arrays

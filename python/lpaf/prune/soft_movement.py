@@ -122,9 +122,7 @@ class SoftPruningCallback(TrainerCallback):
         if state.global_step > 0:
             return
         if self.pruner.penalty == 0:
-            say(
-                "soft-movement: --penalty 0 leaves nothing that pushes the scores down; what is pruned is up to the task"
-            )
+            say("soft-movement: --penalty 0 pushes no score down; what is pruned is up to the task alone")
         # Under Adam a score moves by about its learning rate a step, from where it starts down to logit(tau).
         travel = rate_sum(lr_scheduler, state.max_steps)
         needed = median_score(model) - logit(self.pruner.threshold)

@@ -23,6 +23,9 @@ from .methods import Method, get_method
 from .options import CompressOptions, answer_fields
 from .workspace import check_output, is_published
 
+#: ends of the names of architectures that look back only
+CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+
 
 @dataclass
 class Prepared:
@@ -127,7 +130,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
             "model, or leave the option out"
         )
-    check_pruner_task(method, data, epochs, options.prune_from)
+    check_pruner_task(method, data, epochs, options, config, tokenizer)
     return Prepared(
         options=options,
         method=method,
@@ -149,18 +152,33 @@ def needs_pretrained(method: Method, prune_from: str) -> bool:
     return method.pruner is not None and (prune_from == "pretrained" or PRUNERS[method.pruner].looks_back)
 
 
-def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float, prune_from: str) -> None:
+def check_pruner_task(
+    method: Method, data: TaskData, finetune_epochs: float, options: CompressOptions, config: Any, tokenizer: Any
+) -> None:
     """InputError where the pruner cannot do its work on this task or from this model."""
     if method.pruner is None:
         return
+    prune_from = options.prune_from
     if method.pruner == "cap" and data.spec.problem not in ("classification", "regression"):
         raise InputError("--pruner cap: contrasts sentences; pass a task with one label or score for each example")
+    if method.pruner == "cap" and not first_token_sees_all(config, tokenizer):
+        raise InputError(
+            f"--pruner cap: compares sentences by their first token, which in --model {options.model} does not stand "
+            "for the sentence (causal attention, no [CLS], or padding on the left); pass a model such as BERT"
+        )
     if needs_pretrained(method, prune_from) and finetune_epochs == 0:
         asking = "--prune-from pretrained" if prune_from == "pretrained" else f"--pruner {method.pruner}"
         raise InputError(
             f"{asking}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass "
             "the pre-trained model, or --finetune-epochs to fine-tune this one"
         )
+
+
+def first_token_sees_all(config: Any, tokenizer: Any) -> bool:
+    """Whether the first token of a batch's rows is one that attends to the whole sentence."""
+    names = config.architectures or ()
+    causal = getattr(config, "is_decoder", False) or any(name.endswith(CAUSAL_HEADS) for name in names)
+    return not causal and tokenizer.cls_token is not None and tokenizer.padding_side == "right"
 
 
 def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> TaskData:
