@@ -18,7 +18,7 @@ from test_kill import CHAINS, assert_same_run, chosen, command, happens, kill_an
 from launch import DEATHS, launch, spoken
 from lpaf.processes import SHARDERS
 from lpaf.retrain.batches import BatchShare
-from tiny import sentences, write_model, write_rows
+from tiny import questions, sentences, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +75,22 @@ def test_one_process_has_every_batch_with_weight_one():
 # the same weights -----------------------------------------------------------------------------------------------------
 
 
-KEY_BIASES = ("key.bias", "key.lowrank.bias")
+#: a softmax does not depend on them: over the keys of a query, over the positions of a window
+WITHOUT_EFFECT = ("key.bias", "key.lowrank.bias", "qa_outputs.bias")
 
 
 def difference(first: Path, second: Path) -> float:
     """By how much of its size nine tenths of any tensor differ at most.
 
-    Not all: where a gradient is next to zero, AdamW makes whole steps of rounding errors. That of the keys' biases is
-    zero (attention does not depend on them).
+    Not all: where a gradient is next to zero, AdamW makes whole steps of rounding errors. So it does of all
+    of a tensor without effect.
     """
     one, other = load_file(first), load_file(second)
     assert one.keys() == other.keys()
     found = [0.0]
     for name, tensor in one.items():
         apart = (tensor.double() - other[name].double()).abs().flatten()
-        if tensor.is_floating_point() and not name.endswith(KEY_BIASES) and bool(apart.any()):
+        if tensor.is_floating_point() and not name.endswith(WITHOUT_EFFECT) and bool(apart.any()):
             found.append(float(apart.quantile(0.9) / tensor.double().square().mean().sqrt()))
     return max(found)
 
@@ -172,6 +173,19 @@ def test_more_processes_and_pruners(steady_model, odd_data, tmp_path, processes,
 def test_every_chain_ends_with_the_weights_of_one(steady_model, odd_data, tmp_path, chain):
     def words(output: Path) -> list[str]:
         return command(steady_model, odd_data, output, *chosen(*chain, keep=1.0), **{"max-train-samples": 99})
+
+    assert_order_of_sums_is_all(words, tmp_path, processes=2)
+
+
+@pytest.mark.slow
+def test_question_answering_ends_with_the_weights_of_one(steady_model, tmp_path):
+    """Windows of several lengths, whose logits are padded and put together again."""
+    for name, count, seed in (("train", 50, 1), ("validation", 45, 2)):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", questions(count, seed))
+
+    def words(output: Path) -> list[str]:
+        options = {"task": "question-answering", "max-length": 24, "doc-stride": 6, "max-train-samples": 50}
+        return command(steady_model, tmp_path / "data", output, *chosen("lpaf", keep=1.0), **options)
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
 
