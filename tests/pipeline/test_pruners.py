@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerState, get_linear_schedule_with_warmup
 
-from lpaf.errors import TrainingDivergedError
+from lpaf.errors import InputError, TrainingDivergedError
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
 from lpaf.prune import (
@@ -601,3 +601,42 @@ def test_where_scores_start(tiny_options, pruner, start):
 
     assert make_pruner(pruner, CompressOptions(**tiny_options)).score_init == start
     assert make_pruner(pruner, CompressOptions(**tiny_options | {"score_init": 1.5})).score_init == 1.5
+
+
+@pytest.mark.parametrize("start", ["finetuned", "pretrained"])
+def test_pruning_starts_from_the_weights_asked_for(tiny_options, monkeypatch, start):
+    """With everything kept and hardly any learning rate, pruning ends where it starts."""
+    options = tiny_options | {"prune_from": start, "keep": 1.0, "prune_lr": 1e-30, "finetune_lr": 1e-2}
+    run = Compression(prepare(CompressOptions(**options)), command="")
+    before = {name: value.clone() for name, value in run.prepared.model.state_dict().items()}
+    found = {}
+
+    def stop(sparse, *_):
+        found.update(sparse.state_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "shrink", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    dense = run.prepared.model.state_dict()  # fine-tuned in place
+    expected = before if start == "pretrained" else dense
+    assert all(torch.allclose(found[name], expected[name]) for name in expected)
+    assert not all(torch.allclose(before[name], dense[name]) for name in before)
+
+
+def test_pretrained_weights_are_not_in_a_fine_tuned_model(tiny_options, tmp_path):
+    dense = str(tmp_path / "dense")
+    compress(CompressOptions(**tiny_options | {"method": "svd", "save_dense": dense}))
+    options = tiny_options | {"model": dense, "output": str(tmp_path / "again"), "finetune_epochs": None}
+    with pytest.raises(InputError, match="--prune-from pretrained: needs the pre-trained weights"):
+        prepare(CompressOptions(**options | {"prune_from": "pretrained"}))
+
+
+@pytest.mark.parametrize("change", [{"method": "svd"}, {"pruner": "magnitude"}])
+def test_without_training_there_is_nothing_to_start_from(tiny_options, change):
+    if "pruner" in change:
+        with pytest.raises(InputError, match="--prune-from: is for --pruner movement"):
+            prepare(CompressOptions(**tiny_options | {"prune_from": "pretrained"} | change))
+        return
+    _, report = compress(CompressOptions(**tiny_options | {"prune_from": "pretrained"} | change))
+    assert report["metric"]["pruned"] is None

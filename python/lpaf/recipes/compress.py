@@ -47,7 +47,7 @@ from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
-from .prepare import Prepared, default_mixed_rank_p, prepare, weights_fingerprint
+from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare, weights_fingerprint
 from .pruning import make_pruner
 from .record import run_record
 from .stages import StageStore, Tensors, stage_key
@@ -210,7 +210,7 @@ class Compression:
     def finetune(self) -> nn.Module:
         """The dense fine-tuned model."""
         model = self.prepared.model.to(self.prepared.device)
-        if self.prepared.method.pruner and PRUNERS[self.prepared.method.pruner].looks_back:
+        if needs_pretrained(self.prepared.method, self.options.prune_from):
             self.pretrained = _cloned_state(model)
 
         def work() -> Tensors:
@@ -358,6 +358,8 @@ class Compression:
         if self.options.freeze_embeddings:
             embeddings = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
             nn.ModuleList(embeddings).requires_grad_(False)
+        if self.prepared.method.pruner and self.options.prune_from == "pretrained":
+            sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
         ranks = None
         if self.prepared.layers is None:

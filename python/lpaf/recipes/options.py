@@ -113,6 +113,13 @@ class CompressOptions:
         "method",
         choices=PRUNER_CHOICES,
     )
+    prune_from: str = option(
+        "finetuned",
+        "weights that pruning starts from: finetuned, or pretrained, which it fine-tunes at the same time, taught by "
+        "the fine-tuned model",
+        "method",
+        choices=("finetuned", "pretrained"),
+    )
     score_init: float | None = option(
         None,
         "scores start at X times |W| / mean |W|; 0 starts them at zero, as the papers do (default: 4 for movement and "
@@ -247,6 +254,7 @@ PRUNE_OPTIONS = (
     "keep",
     "scope",
     "pruner",
+    "prune_from",
     "score_init",
     "threshold",
     "penalty",

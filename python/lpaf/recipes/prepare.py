@@ -128,7 +128,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
             "model, or leave the option out"
         )
-    check_pruner_task(method, data, epochs)
+    check_pruner_task(method, data, epochs, options.prune_from)
     return Prepared(
         options=options,
         method=method,
@@ -145,15 +145,21 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     )
 
 
-def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float) -> None:
+def needs_pretrained(method: Method, prune_from: str) -> bool:
+    """Whether pruning needs the weights that the model had before fine-tuning."""
+    return method.pruner is not None and (prune_from == "pretrained" or PRUNERS[method.pruner].looks_back)
+
+
+def check_pruner_task(method: Method, data: TaskData, finetune_epochs: float, prune_from: str) -> None:
     """InputError where the pruner cannot do its work on this task or from this model."""
     if method.pruner is None:
         return
     if method.pruner == "cap" and data.spec.problem not in ("classification", "regression"):
         raise InputError("--pruner cap: contrasts sentences; pass a task with one label or score for each example")
-    if PRUNERS[method.pruner].looks_back and finetune_epochs == 0:
+    if needs_pretrained(method, prune_from) and finetune_epochs == 0:
+        asking = "--prune-from pretrained" if prune_from == "pretrained" else f"--pruner {method.pruner}"
         raise InputError(
-            f"--pruner {method.pruner}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass "
+            f"{asking}: needs the pre-trained weights, which a fine-tuned --model does not hold; pass "
             "the pre-trained model, or --finetune-epochs to fine-tune this one"
         )
 

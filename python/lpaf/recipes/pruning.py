@@ -23,6 +23,8 @@ ARGUMENTS = {
     "prune_interval": "interval",
     "rounds": "rounds",
 }
+#: field of CompressOptions -> attribute of the pruners that have a use for it
+TRAINING = {"prune_lr": "trains", "prune_from": "trains", "score_lr": "learned_scores"}
 #: where scores start that rank against each other: at zero, the first cuts of a short run would follow noise
 SCORE_INIT = 4.0
 
@@ -39,17 +41,15 @@ def score_init(pruner: str | None, options: CompressOptions) -> float | None:
 def takes(pruner: str, field: str) -> bool:
     """Whether the option means something to the pruner called ``pruner``."""
     cls = PRUNERS[pruner]
-    if field == "prune_lr":
-        return cls.trains
-    if field == "score_lr":
-        return cls.learned_scores
+    if field in TRAINING:
+        return getattr(cls, TRAINING[field])
     return ARGUMENTS[field] in inspect.signature(cls).parameters
 
 
 def check_pruner_options(pruner: str | None, options: CompressOptions) -> None:
     """InputError for an option that ``pruner`` would ignore. Without a pruner, only those of one kind are refused."""
     for field in dataclasses.fields(options):
-        if field.name not in (*ARGUMENTS, "prune_lr", "score_lr") or getattr(options, field.name) == field.default:
+        if field.name not in (*ARGUMENTS, *TRAINING) or getattr(options, field.name) == field.default:
             continue
         takers = [name for name in PRUNER_CHOICES if takes(name, field.name)]
         if takes(pruner, field.name) if pruner else "movement" in takers:
