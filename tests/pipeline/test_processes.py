@@ -121,7 +121,7 @@ def assert_order_of_sums_is_all(words, directory: Path, processes: int, without=
         for process in range(1, processes):
             mine, other = (load_file(stages["many"] / name) for name in (file, file.replace("0.", f"{process}.")))
             assert [name for name in mine if not torch.equal(mine[name], other[name])] == [], file
-    assert 0.0 < bound < 1e-3
+    assert 0.0 < bound < 5e-3, "an error in the weight of a short batch, or of an unused factor, makes 3e-2"
     one, many = (story(outputs[name]) for name in ("one", "many"))
     assert many["metric"]["details"] == one["metric"]["details"]
     assert many["training"].keys() == one["training"].keys()
