@@ -178,7 +178,7 @@ def test_tuning_picks_the_best_on_validation_where_it_is_told_to(done, tmp_path,
     metrics = {}
 
     def finish(run, left):
-        directory = tmp_path / run.name()
+        directory = tmp_path / run.name
         directory.mkdir()
         metric = metrics[run.label, run.cell, run.seed, run.tuned["retrain_lr"]] = 1 - abs(
             run.tuned["retrain_lr"] - 1e-3

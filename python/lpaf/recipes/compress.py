@@ -37,7 +37,7 @@ from ..factorize import (
     weighted_spectra,
 )
 from ..models.checkpoint import save_compressed, save_model
-from ..models.count import AUTO, encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
 from ..processes import from_main, is_main, process_place, say
@@ -46,9 +46,10 @@ from ..report.write import write_report
 from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
+from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
-from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare, weights_fingerprint
-from .pruning import make_pruner
+from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
+from .pruning import make_pruner, score_init
 from .record import run_record
 from .stages import StageStore, Tensors, stage_key
 from .workspace import Workspace, explain_os_error
@@ -74,11 +75,10 @@ class Compression:
             "version": lpaf_kernels.__version__,
         }
         processes = process_place()[1]
-        settings = options.to_dict(without=RUN_OPTIONS) | self.sources | {"processes": processes}
+        settings = options.to_dict(without=RUN_OPTIONS) | self.sources
+        settings |= {"processes": processes, "force": options.forced}
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
-        if options.rank == AUTO or options.rank_error is not None:
-            settings["force"] = options.force  # decides how large ranks may become
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
         self.workspace = Workspace(
             Path(options.output), settings, options.resume, options.overwrite, bytes_needed=checkpoint * 2
@@ -200,9 +200,13 @@ class Compression:
         """The key of ``stage`` in the store: equal in runs whose weights are the same up to there."""
         kind = stage.partition("-")[0]
         method, settings = self.prepared.method, self.options.to_dict(without=INDEPENDENT[kind])
-        settings |= self.sources | {"finetune_epochs": self.prepared.finetune_epochs, "device": self.prepared.device}
+        settings |= self.sources | {
+            "finetune_epochs": self.prepared.finetune_epochs,
+            "device": self.prepared.device,
+            "max_length": self.prepared.max_length,
+        }
         if kind in ("prune", "round"):
-            settings["pruner"] = method.pruner
+            settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
         return stage_key(settings)
 
     # stages ---------------------------------------------------------------------------------------------------------

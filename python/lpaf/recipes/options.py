@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
 from ..factorize import WEIGHTINGS
+from ..models.count import AUTO
 
 #: values of --pruner: names in lpaf.prune.PRUNERS
 PRUNER_CHOICES = ("movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
@@ -170,6 +172,12 @@ class CompressOptions:
         for name in ("model", "task", "output"):
             if not getattr(self, name):
                 raise InputError(f"{flag(name)}: is required")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "float" in str(field.type) and isinstance(value, int | float):
+                if not math.isfinite(value):
+                    raise InputError(f"{flag(field.name)} {value}: must be a finite number")
+                object.__setattr__(self, field.name, float(value))  # 2 and 2.0 are the same run
         positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
         positive += ("prune_interval", "rounds")
         for name in (*positive, "retrain_epochs", "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
@@ -213,6 +221,11 @@ class CompressOptions:
                     f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
                 )
 
+    @property
+    def forced(self) -> bool | None:
+        """``force`` where it decides how large ranks become; None where it only lets a size pass."""
+        return self.force if self.rank == AUTO or self.rank_error is not None else None
+
     def to_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
         """All options but those named, JSON-able."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
@@ -230,6 +243,8 @@ RUN_OPTIONS = (
     "bench_length",
     "force",
 )
+#: options that name what a run reads: its content counts, not where it lies
+PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file")
 #: options that no stage before retraining depends on
 RETRAIN_OPTIONS = (
     "method",
@@ -268,10 +283,10 @@ PRUNE_OPTIONS = (
 )
 #: stages whose results are kept -> options that they do not depend on
 INDEPENDENT = {
-    "finetune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "teacher": (*RUN_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "prune": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
-    "round": (*RUN_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "finetune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "teacher": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "prune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "round": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
 }
 
 

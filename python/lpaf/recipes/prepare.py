@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import set_seed
 from ..data import TaskData, check_labels, get_task, load_task
 from ..data.spans import SpanOptions, span_options
 from ..errors import InputError
-from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer, resolve_model
+from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
 from ..models.truncate import layers_for_ratio
@@ -80,6 +79,8 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
     if options.save_dense is not None:
         # an interrupted run may have written it
         check_output(Path(options.save_dense), options.overwrite or options.resume, flag="--save-dense")
+    if options.stages is not None:
+        check_output(Path(options.stages), overwrite=True, flag="--stages")
     return method, device
 
 
@@ -175,16 +176,3 @@ def in_order_of_head(data: TaskData, config: Any, options: CompressOptions) -> T
         if options.finetune_epochs:
             return data
         raise InputError(f"{error}; or pass --finetune-epochs to train a new head") from None
-
-
-def weights_fingerprint(model: str) -> str:
-    """Names, sizes and first megabyte of a local model's weight files; the name of a Hub model."""
-    path = Path(resolve_model(model))
-    if not path.is_dir():
-        return model
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")) + [path / "config.json"]:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-    return digest.hexdigest()

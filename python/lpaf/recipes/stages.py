@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..processes import from_main
@@ -53,15 +55,33 @@ class StageStore:
     def _lock(self, stage: str, key: str, held: ExitStack) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((self.directory / f"{stage}-{key}.lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{stage}: waiting for another run that makes it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in self.directory.glob(f".{stage}-{key}.*"):  # of a run that died while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def load(self, stage: str, key: str) -> tuple[Tensors, Any] | None:
-        """(tensors, record) of a stored stage, or None."""
-        if self.directory is None or not from_main(self.path(stage, key).is_dir):
+        """(tensors, record) of a stored stage, or None; one that cannot be read is removed, to be made again."""
+        if self.directory is None or not from_main(lambda: self._readable(self.path(stage, key))):
             return None
         path = self.path(stage, key)
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
         return load_file(path / "tensors.safetensors"), record
+
+    def _readable(self, path: Path) -> bool:
+        if not path.is_dir():
+            return False
+        try:
+            json.loads((path / "record.json").read_text(encoding="utf-8"))
+            with safe_open(path / "tensors.safetensors", framework="pt"):
+                return True
+        except (OSError, ValueError, SafetensorError) as error:
+            print(f"{path}: cannot be read ({error}) and is made again", file=sys.stderr)
+            shutil.rmtree(path)
+            return False
 
     def store(self, stage: str, key: str, tensors: Tensors, record: Any) -> None:
         """Keep a stage; it is there whole or not at all."""

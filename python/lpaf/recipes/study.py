@@ -37,9 +37,11 @@ import difflib
 import gc
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,15 @@ import tomllib
 import lpaf_kernels
 
 from ..errors import InputError
-from ..processes import from_main, is_main, say, start
+from ..models.count import check_size
+from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
-from .options import RUN_OPTIONS, CompressOptions
+from .fingerprints import files_fingerprint, weights_fingerprint
+from .methods import get_method
+from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .stages import stage_key
-from .workspace import BusyError
+from .workspace import BusyError, is_published, work_directory
 
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
@@ -120,49 +125,66 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFil
     content = _content(path)
     where = f"study {path}"
     for name in ("options", "grid", "methods", "tune"):
-        if not isinstance(content.setdefault(name, {}), dict):
-            raise InputError(f"{where}: [{name}] is not a table")
-    tune_at = content["tune"].pop("at", {})
-    grid, tune, methods = content["grid"], content["tune"], content["methods"]
+        _table_of(where, name, content.setdefault(name, {}))
+    tune_at = _table_of(where, "tune.at", content["tune"].pop("at", {}))
+    options, grid, tune, methods = (content[name] for name in ("options", "grid", "tune", "methods"))
+    changes = dict(changes or {})
     if not methods:
         raise InputError(f"{where}: has no [methods.NAME]; add one table per row")
     names = [option.name for option in dataclasses.fields(CompressOptions) if option.name not in OWN]
-    for section, options in {"options": content["options"], "grid": grid, "tune": tune, "tune.at": tune_at}.items():
-        _known(f"{where}: [{section}]", options, names)
-    for label, options in methods.items():
-        if not isinstance(options, dict):
-            raise InputError(f"{where}: methods.{label} is not a table of options")
-        _known(f"{where}: [methods.{label}]", options, names)
-        for name in options:
-            if name in tune or name in grid:
-                section = "tune" if name in tune else "grid"
-                raise InputError(f"{where}: {name} is in [methods.{label}] and in [{section}]; leave it out of one")
-    for section, lists in {"grid": grid, "tune": tune}.items():
-        for name, values in lists.items():
+    sections = {"[options]": options, "[grid]": grid, "[tune]": tune, "[tune.at]": tune_at, "--set": changes}
+    sections |= {f"[methods.{label}]": _table_of(where, f"methods.{label}", of) for label, of in methods.items()}
+    for section, given in sections.items():
+        _known(f"{where}: {section}", given, names)
+    for section in ("[tune]", "--set", *(name for name in sections if name.startswith("[methods."))):
+        for name in sections[section]:
+            overriding = {"[grid]": grid, "[tune]": tune}
+            if section == "--set":
+                overriding |= {f"[methods.{label}]": of for label, of in methods.items()}
+            other = next((its for its, given in overriding.items() if its != section and name in given), None)
+            if other is not None:
+                raise InputError(f"{where}: {name} is in {section} and in {other}; leave it out of one")
+    for section in sections:
+        if section not in ("[options]", "[tune.at]", "[grid]", "--set") and "seed" in sections[section]:
+            raise InputError(f"{where}: seed is in {section}; it belongs into [grid] or [options]")
+    for section in ("[grid]", "[tune]"):
+        for name, values in sections[section].items():
             if not isinstance(values, list) or not values:
-                raise InputError(f"{where}: [{section}] {name} = {values!r}: expected a list of values")
+                raise InputError(f"{where}: {section} {name} = {values!r}: expected a list of values")
+            if any(value in values[:at] for at, value in enumerate(values)):
+                raise InputError(f"{where}: {section} {name} = {values!r}: has a value twice")
     for name, value in tune_at.items():
         if value not in grid.get(name, []):
             raise InputError(f"{where}: [tune.at] {name} = {value!r} is not in [grid]")
     against, scored = content.get("against"), content.get("scored", ["compressed"])
-    if against is not None and against not in methods:
+    if against is not None and (not isinstance(against, str) or against not in methods):
         raise InputError(f"{where}: against = {against!r} is not one of the methods ({', '.join(methods)})")
-    if not isinstance(scored, list) or not scored or set(scored) - set(SCORED):
+    if not isinstance(scored, list) or not scored or any(stage not in SCORED for stage in scored):
         raise InputError(f"{where}: scored = {scored!r}: expected a list out of {', '.join(SCORED)}")
+    keep_models = content.get("keep_models", True)
+    if not isinstance(keep_models, bool):
+        raise InputError(f"{where}: keep_models = {keep_models!r}: expected true or false")
     study = StudyFile(
         title=str(content.get("title", path.stem)),
-        options=content["options"] | dict(changes or {}),
+        options=options | changes,
         methods=methods,
         grid=grid,
         tune=tune,
         tune_at=tune_at,
         against=against,
         scored=tuple(scored),
-        keep_models=bool(content.get("keep_models", True)),
+        keep_models=keep_models,
     )
-    for label, cell, tuned in itertools.product(study.methods, study.cells(), study.candidates()):
-        _options(study.settings(label, cell, study.seeds[0], tuned), Path("unwritten"), Path("unwritten"), where)
+    combinations = itertools.product(study.methods, study.cells(), study.seeds, study.candidates())
+    for label, cell, seed, tuned in combinations:
+        _options(study.settings(label, cell, seed, tuned), Path("unwritten"), Path("unwritten"), where)
     return study
+
+
+def _table_of(where: str, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {name} = {value!r}: expected a table")
+    return value
 
 
 def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -202,7 +224,11 @@ def _options(settings: Settings, directory: Path, stages: Path, where: str) -> C
         if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in wanted):
             raise InputError(f"{where}: {option.name} = {value!r}: expected {wanted.replace(' | None', '')}")
     try:
-        return CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
+        options = CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
+        method = get_method(options.method).with_options(options)
+        if method.factorizer is not None:
+            check_size(options.rank, options.ratio, options.rank_error)
+        return options
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -217,11 +243,19 @@ class Run:
     tuned: Settings
     settings: Settings
 
+    @cached_property
     def name(self) -> str:
         """The run's folder: equal for runs that end with the same weights."""
         options = CompressOptions(**self.settings, output="unwritten")
-        key = stage_key(options.to_dict(without=RUN_OPTIONS) | {"version": lpaf_kernels.__version__})
-        return f"{options.method}-{key}"
+        processes = process_place()[1]
+        decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS)) | {
+            "weights": weights_fingerprint(options.model),
+            "data": files_fingerprint(options),
+            "force": options.forced,
+            "version": lpaf_kernels.__version__,
+            "processes": processes if processes > 1 else None,
+        }
+        return f"{options.method}-{stage_key(decides)}"
 
     def __str__(self) -> str:
         values = {**dict(self.cell), "seed": self.seed, **self.tuned}
@@ -274,16 +308,16 @@ class Study:
         """What is still to be run: the tuning first, the rest as soon as it is known."""
         cells = list(itertools.product(self.file.methods, self.file.cells()))
         runs = [run for label, cell in cells for run in self.tuning(label, cell)] if self.file.tune else []
-        different = {run.name(): run for run in (*runs, *self.final())}
+        different = {run.name: run for run in (*runs, *self.final())}
         return [run for run in different.values() if not self.ended(run)]
 
     def ended(self, run: Run) -> bool:
         """Whether the run has a report, or failed in this session."""
-        return run.name() in self.failed or (self.runs / run.name() / REPORT).is_file()
+        return run.name in self.failed or (self.runs / run.name / REPORT).is_file()
 
     def report(self, run: Run) -> dict[str, Any] | None:
         """The run's report.json, or None."""
-        path = self.runs / run.name() / REPORT
+        path = self.runs / run.name / REPORT
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def work(self) -> None:
@@ -292,12 +326,15 @@ class Study:
             done = [self.attempt(run, len(runs) - at) for at, run in enumerate(runs)]
             if not any(done):
                 time.sleep(BUSY_SECONDS)  # all of them are in other hands
+        if is_main():
+            for run in self.final():
+                self.tidy(self.runs / run.name)
 
     def attempt(self, run: Run, left: int) -> bool:
         """Do one run; False when another process has it in hand."""
+        directory = self.runs / run.name
         if from_main(lambda: self.ended(run)):
             return True
-        directory = self.runs / run.name()
         options = _options(run.settings, directory, self.runs / "stages", str(run))
         say(f"[{left} left] {run}")
         try:
@@ -306,20 +343,32 @@ class Study:
             return False
         except InputError as error:
             if not from_main(lambda: self.ended(run)):  # else another study has just finished it
-                self.failed[run.name()] = f"{run}: {error}"
-                say(self.failed[run.name()])
-        else:
-            if is_main() and not self.file.keep_models:
-                (directory / WEIGHTS).unlink()
+                self.fail(run, error)
+        except RuntimeError as error:  # such as a GPU that is too small
+            if process_place()[1] > 1:
+                raise  # the processes are not in step any more
+            self.fail(run, error)
         gc.collect()
         return True
+
+    def fail(self, run: Run, error: Exception) -> None:
+        """Go on without ``run``."""
+        self.failed[run.name] = f"{run}: {error}"
+        say(self.failed[run.name])
+
+    def tidy(self, directory: Path) -> None:
+        """Drop what a run that was killed at its very end left, and the weights if they are not wanted."""
+        if is_published(directory):
+            shutil.rmtree(work_directory(directory), ignore_errors=True)
+        if not self.file.keep_models:
+            (directory / WEIGHTS).unlink(missing_ok=True)
 
     def outcomes(self) -> list[Outcome]:
         """The finished runs of the table."""
         return [
-            Outcome(run.label, run.cell, run.seed, run.tuned, self.runs / run.name())
+            Outcome(run.label, run.cell, run.seed, run.tuned, self.runs / run.name)
             for run in self.final()
-            if (self.runs / run.name() / REPORT).is_file()
+            if (self.runs / run.name / REPORT).is_file()
         ]
 
 

@@ -17,6 +17,10 @@ from ..processes import from_main
 PUBLISHED = "published"
 
 
+#: what a resumed run must have in common with the interrupted one
+SETTINGS = "settings.json"
+
+
 class BusyError(InputError):
     """Another process is writing the output."""
 
@@ -60,7 +64,7 @@ class Workspace:
                     "--overwrite to start again"
                 )
             self._discard()
-        resuming = self.directory.exists()
+        resuming = (self.directory / SETTINGS).is_file()
         if resuming:
             self._check_settings(settings)
         free = shutil.disk_usage(_existing_parent(output)).free
@@ -72,22 +76,19 @@ class Workspace:
         self.directory.mkdir(parents=True, exist_ok=True)
         if not resuming:
             self._lock()
-            self._write_json("settings.json", settings)
+            self._write_json(SETTINGS, settings)
         return resuming
 
     def _lock(self) -> None:
         """Hold the work directory until this process ends, however it ends."""
-        self._lock_file = (self.directory / "lock").open("w")
         try:
+            self._lock_file = (self.directory / "lock").open("w")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):  # held, or renamed away by the run that held it
             raise BusyError(f"--output {self.output}: another run is writing it; wait for it to end") from None
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
-        path = self.directory / "settings.json"
-        if not path.is_file():
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads((self.directory / SETTINGS).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(settings))
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
@@ -171,5 +172,6 @@ def explain_os_error(error: Exception, output: Path) -> InputError | None:
         return InputError(f"--output {output}: disk full while writing; free some space and continue with --resume")
     for reason in map(os.strerror, (errno.EACCES, errno.EROFS, errno.EPERM)):
         if reason in text:  # of this process, or told by another
-            return InputError(f"--output {output}: not writable ({reason}); pass another directory")
+            place = getattr(error, "filename", None) or output
+            return InputError(f"--output {output}: {place} is not writable ({reason}); pass another directory")
     return None

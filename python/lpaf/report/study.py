@@ -7,7 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ from lpaf.report.write import ANALYSIS_FILE, REPORT_FILE
 Cell = tuple[tuple[str, Any], ...]
 
 STAGE_WORDS = {"factorized": "before retraining", "compressed": "after retraining"}
+#: what ``example_scores`` are, by problem
+EXAMPLE_SCORES = {
+    "classification": "right and wrong",
+    "regression": "the squared error",
+    "question-answering": "F1",
+}
 MARKERS = "osD^vP*X<>"
 TRADE_OFF_CAPTION = (
     "The task metric against the share of the encoder's parameters that is left, means over the seeds with one "
@@ -51,9 +57,8 @@ class Outcome:
         return json.loads((self.directory / REPORT_FILE).read_text(encoding="utf-8"))
 
     def metric(self, stage: str, split: str) -> float | None:
-        """The main metric of one stage on one split; None when the stage did not run."""
-        splits = self.report["metric"]["details"].get(stage)
-        return None if splits is None else splits[split][self.report["metric"]["name"]]
+        """The main metric of one stage on one split; None when the stage did not run, or the run has no such split."""
+        return self.report["metric"]["details"].get(stage, {}).get(split, {}).get(self.report["metric"]["name"])
 
     @property
     def splits(self) -> list[str]:
@@ -68,12 +73,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table: the mean over seeds, and the test against the row it is compared with."""
+    """One cell of a table: the mean over seeds, and the row it is compared with: its mean, and the test of both."""
 
     label: str
     cell: Cell
     values: list[float]
-    test: PairedTest | None
+    theirs: float | None = None
+    test: PairedTest | None = None
+    missing: int = 0
 
     @property
     def mean(self) -> float:
@@ -88,8 +95,10 @@ class Entry:
         text = f"{100 * self.mean:.2f}"
         if self.deviation is not None:
             text += f" ± {100 * self.deviation:.2f}"
+        if self.missing:
+            text += f" [{self.missing} of {self.missing + len(self.values)} seeds missing]"
         if self.test is not None:
-            text += f" ({100 * self.test.difference:+.2f}, p = {self.test.p_value:.2g})"
+            text += f" ({100 * (self.mean - self.theirs):+.2f}, p = {self.test.p_value:.2g})"
         return text
 
 
@@ -108,17 +117,16 @@ def table(outcomes: Sequence[Outcome], stage: str, split: str, against: str | No
     for outcome in outcomes:
         if outcome.metric(stage, split) is not None:
             groups.setdefault((outcome.label, outcome.cell), []).append(outcome)
-    return [
-        Entry(
-            label,
-            cell,
-            [run.metric(stage, split) for run in runs],
-            paired(runs, groups[against, cell], stage, split)
-            if against not in (None, label) and (against, cell) in groups
-            else None,
-        )
-        for (label, cell), runs in groups.items()
-    ]
+    seeds = max((len(runs) for runs in groups.values()), default=0)
+    entries = []
+    for (label, cell), runs in groups.items():
+        entry = Entry(label, cell, [run.metric(stage, split) for run in runs], missing=seeds - len(runs))
+        others = groups.get((against, cell), []) if label != against else []
+        if others:
+            theirs = statistics.fmean(run.metric(stage, split) for run in others)
+            entry = replace(entry, theirs=theirs, test=paired(runs, others, stage, split))
+        entries.append(entry)
+    return entries
 
 
 def cell_name(cell: Cell) -> str:
@@ -155,7 +163,7 @@ def run_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "rank_dense": rank["mean_before"],
             "rank_pruned": rank["mean_after"] if pruned else None,
             "kept_share": float(np.mean([entry["kept_share"] for entry in pruned])) if pruned else None,
-            "prune_seconds": sum(value for stage, value in seconds.items() if stage.startswith("prune")),
+            "prune_seconds": sum(value for stage, value in seconds.items() if stage.startswith(("prune", "round"))),
             "retrain_seconds": seconds.get("retrain"),
             "run": run.directory.name,
         }
@@ -206,14 +214,14 @@ def trade_off(outcomes: Sequence[Outcome], split: str) -> Figure:
 
 def ranks_by_share(outcomes: Sequence[Outcome], split: str) -> Figure | None:
     """Metric and mean rank of pruned models against the share kept, one line per pruner; None without such a line."""
-    points: dict[str, dict[float, tuple[float, float]]] = {}
+    points: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for run in outcomes:
         config, rank = run.report["config"], run.report["rank"]
         pruned = [entry for entry in rank["per_matrix"].values() if entry["pruned"] is not None]
         if pruned:
             kept = round(float(np.mean([entry["kept_share"] for entry in pruned])), 3)
             values = (rank["mean_after"], run.metric("pruned", split))
-            points.setdefault(config.get("pruner") or run.label, {})[kept] = values
+            points.setdefault(config.get("pruner") or run.label, {}).setdefault(kept, []).append(values)
     points = {name: found for name, found in points.items() if len(found) > 1}
     if not points:
         return None
@@ -222,7 +230,7 @@ def ranks_by_share(outcomes: Sequence[Outcome], split: str) -> Figure | None:
         for (name, found), marker in zip(points.items(), MARKERS * 9):
             shares = sorted(found)
             for plot, index in ((axes[0, 0], 1), (axes[1, 0], 0)):
-                values = [found[share][index] for share in shares]
+                values = [statistics.fmean(pair[index] for pair in found[share]) for share in shares]
                 plot.plot(shares, values, marker=marker, markersize=4, label=name if index else None)
         report = outcomes[0].report
         axes[0, 0].axhline(outcomes[0].metric("dense", split), color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
@@ -254,7 +262,8 @@ def study_text(title: str, outcomes: Sequence[Outcome], against: str | None, sco
     dense = {split: statistics.fmean(run.metric("dense", split) for run in outcomes) for split in splits}
     legend = f"{name} x 100, mean over seeds ± standard deviation"
     if against is not None:
-        legend += f"; in brackets the difference to {against} on the same examples and the p-value of the paired test"
+        score = EXAMPLE_SCORES[outcomes[0].report.get("problem", "classification")]
+        legend += f"; in brackets the difference to {against}, and p of the paired test of {score} example by example"
     parts.append(legend + ".")
     for split in splits:
         for stage in scored:
