@@ -18,7 +18,7 @@ from test_kill import CHAINS, assert_same_run, chosen, command, happens, kill_an
 from launch import DEATHS, launch, spoken
 from lpaf.processes import SHARDERS
 from lpaf.retrain.batches import BatchShare
-from tiny import sentences, write_model, write_rows
+from tiny import questions, sentences, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +75,29 @@ def test_one_process_has_every_batch_with_weight_one():
 # the same weights -----------------------------------------------------------------------------------------------------
 
 
-KEY_BIASES = ("key.bias", "key.lowrank.bias")
+#: what every key of a query gets alike, which its softmax does not see
+WITHOUT_EFFECT = ("key.bias", "key.lowrank.bias")
+#: what every position of a window gets alike
+WITHOUT_EFFECT_ON_SPANS = (*WITHOUT_EFFECT, "qa_outputs.bias", "layer.1.output.LayerNorm.bias")
 
 
-def difference(first: Path, second: Path) -> float:
+def difference(first: Path, second: Path, without: tuple[str, ...]) -> float:
     """By how much of its size nine tenths of any tensor differ at most.
 
-    Not all: where a gradient is next to zero, AdamW makes whole steps of rounding errors. That of the keys' biases is
-    zero (attention does not depend on them).
+    Not all: where a gradient is next to zero, AdamW makes whole steps of rounding errors. So it does everywhere in
+    tensors ``without`` effect.
     """
     one, other = load_file(first), load_file(second)
     assert one.keys() == other.keys()
     found = [0.0]
     for name, tensor in one.items():
         apart = (tensor.double() - other[name].double()).abs().flatten()
-        if tensor.is_floating_point() and not name.endswith(KEY_BIASES) and bool(apart.any()):
+        if tensor.is_floating_point() and not name.endswith(without) and bool(apart.any()):
             found.append(float(apart.quantile(0.9) / tensor.double().square().mean().sqrt()))
     return max(found)
 
 
-def assert_order_of_sums_is_all(words, directory: Path, processes: int) -> None:
+def assert_order_of_sums_is_all(words, directory: Path, processes: int, without=WITHOUT_EFFECT) -> None:
     """Many processes stray from one as far as one does that adds every batch up in the opposite order.
 
     Ten times as far at most: which of the two strays further is chance. Nothing is to be pruned (scores are learned all
@@ -113,12 +116,12 @@ def assert_order_of_sums_is_all(words, directory: Path, processes: int) -> None:
     assert len(files) >= 4
     bound = 0.0
     for file in sorted(files, key=lambda file: (stages["one"] / file).stat().st_mtime_ns):
-        bound = max(bound, difference(stages["reversed"] / file, stages["one"] / file))
-        assert difference(stages["many"] / file, stages["one"] / file) <= 10 * bound, file
+        bound = max(bound, difference(stages["reversed"] / file, stages["one"] / file, without))
+        assert difference(stages["many"] / file, stages["one"] / file, without) <= 10 * bound, file
         for process in range(1, processes):
             mine, other = (load_file(stages["many"] / name) for name in (file, file.replace("0.", f"{process}.")))
             assert [name for name in mine if not torch.equal(mine[name], other[name])] == [], file
-    assert 0.0 < bound < 1e-3
+    assert 0.0 < bound < 5e-3, "an error in the weight of a short batch, or of an unused factor, makes 3e-2"
     one, many = (story(outputs[name]) for name in ("one", "many"))
     assert many["metric"]["details"] == one["metric"]["details"]
     assert many["training"].keys() == one["training"].keys()
@@ -174,6 +177,19 @@ def test_every_chain_ends_with_the_weights_of_one(steady_model, odd_data, tmp_pa
         return command(steady_model, odd_data, output, *chosen(*chain, keep=1.0), **{"max-train-samples": 99})
 
     assert_order_of_sums_is_all(words, tmp_path, processes=2)
+
+
+@pytest.mark.slow
+def test_question_answering_ends_with_the_weights_of_one(steady_model, tmp_path):
+    """Windows of several lengths, whose logits are padded and put together again."""
+    for name, count, seed in (("train", 50, 1), ("validation", 45, 2)):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", questions(count, seed))
+
+    def words(output: Path) -> list[str]:
+        options = {"task": "question-answering", "max-length": 24, "doc-stride": 6, "max-train-samples": 50}
+        return command(steady_model, tmp_path / "data", output, *chosen("lpaf", keep=1.0), **options)
+
+    assert_order_of_sums_is_all(words, tmp_path, processes=2, without=WITHOUT_EFFECT_ON_SPANS)
 
 
 # launchers ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import threading
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lpaf.errors import InputError
 from lpaf.recipes.compress import Compression, compress
+from lpaf.recipes.fingerprints import weights_fingerprint
 from lpaf.recipes.options import PRUNE_OPTIONS, RETRAIN_OPTIONS, RUN_OPTIONS, CompressOptions
 from lpaf.recipes.prepare import prepare
 from lpaf.recipes.stages import StageStore, stage_key
@@ -92,6 +95,54 @@ def test_without_checkpoints_nothing_is_kept(tiny_options, tmp_path):
     run = Compression(prepare(CompressOptions(**tiny_options | {"checkpoint_steps": 0})), command="")
     assert run.once("finetune", lambda: {"a": torch.ones(1)})["a"] == 1
     assert run.once("finetune", lambda: {"a": torch.zeros(1)})["a"] == 0
+
+
+def test_every_byte_of_the_weights_and_the_tokenizer_count(tiny_options, tiny_model, tmp_path):
+    """A change behind the first megabyte, or in the vocabulary, makes other stages."""
+    names = [weights_fingerprint(str(tiny_model))]
+    for change in ("weights", "tokenizer"):
+        copy = tmp_path / change
+        shutil.copytree(tiny_model, copy)
+        assert weights_fingerprint(str(copy)) == names[0], "the place does not count"
+        file = copy / {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}[change]
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        names.append(weights_fingerprint(str(copy)))
+    assert len(set(names)) == 3
+
+
+def test_a_stage_that_cannot_be_read_is_made_again(tmp_path, capsys):
+    store = StageStore(tmp_path)
+    store.store("prune", "k", {"a": torch.ones(2)}, {"n": 1})
+    tensors, record = store.load("prune", "k")
+    assert (tensors["a"].tolist(), record) == ([1.0, 1.0], {"n": 1})
+    (tmp_path / "prune-k" / "tensors.safetensors").write_bytes(b"")
+    assert store.load("prune", "k") is None
+    assert "is made again" in capsys.readouterr().err
+    store.store("prune", "k", {"a": torch.zeros(2)}, {"n": 2})
+    assert store.load("prune", "k")[1] == {"n": 2}
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    half = tmp_path / ".prune-k.12345"
+    half.mkdir()
+    with StageStore(tmp_path).claim("prune", "k"):
+        assert not half.exists()
+
+
+def test_a_folder_for_stages_must_be_one(tiny_options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--stages .*file: is a file"):
+        prepare(CompressOptions(**tiny_options | {"stages": str(tmp_path / "file")}))
+
+
+def test_a_work_directory_without_settings_is_no_run_to_resume(tiny_options, tmp_path):
+    """The first start died before it wrote them."""
+    (tmp_path / ".out.lpaf-work").mkdir()
+    run = Compression(prepare(CompressOptions(**tiny_options | {"resume": True})), command="")
+    assert not run.workspace.resuming
+    assert (tmp_path / ".out.lpaf-work" / "settings.json").is_file()
 
 
 def test_a_claimed_stage_waits(tmp_path):

@@ -10,12 +10,15 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from safetensors.torch import save_file
 
 from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.evaluate.metrics import paired_scores
 from lpaf.recipes import study as recipe
 from lpaf.recipes.study import Study, read_study, study
+from lpaf.report.study import Outcome, table
 from tiny import sentences, write_rows
 
 FILE = """
@@ -213,12 +216,112 @@ def test_methods_may_not_repeat_the_grid(tmp_path):
         (("batch_size = 16", "batch_size = 16\nresume = true"), "resume is unknown"),
         (("[options]", "[options]\nsave_dense = 'x'"), "save_dense is unknown"),
         (("[options]", "[options"), "cannot be read"),
+        (("[0, 1]", "[0, 0]"), r"\[grid\] seed = \[0, 0\]: has a value twice"),
+        (("[0, 1]", '[0, "a"]'), "seed = 'a': expected int"),
+        (("[0, 1]", "[0, -1]"), "study .*: --seed -1: must be 0 or more"),
+        (("keep = 0.3", "seed = 3"), r"seed is in \[methods.lpaf\]"),
+        (('against = "svd"', 'against = ["svd"]'), "against = .* is not one of the methods"),
+        (('"factorized", "compressed"', '["compressed"]'), "scored = .*: expected a list"),
+        (('method = "svd"', 'method = "svdd"'), "--method svdd: unknown"),
+        (('title = "Tiny"', 'keep_models = "false"'), "keep_models = 'false': expected true or false"),
+        (("[methods.svd]", "[tune]\nat = 5\n[methods.svd]"), "tune.at = 5: expected a table"),
+        (("[methods.svd]", "[tune]\nseed = [0]\n[methods.svd]"), r"seed is in \[tune\]"),
+        (("[methods.svd]", "[tune]\nrank = [3]\n[methods.svd]"), r"rank is in \[tune\] and in \[grid\]"),
+        (("batch_size = 16", "retrain_lr = inf"), "--retrain-lr inf: must be a finite number"),
     ],
 )
 def test_bad_files_are_one_clear_error(tmp_path, change, message):
     changes = {"model": "m"}
     with pytest.raises(InputError, match=message):
         read_study(written(tmp_path / "s.toml", FILE, change), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"foo": 1}, "--set: foo is unknown"),
+        ({"output": "x"}, "--set: output is unknown"),
+        ({"rank": 3}, r"rank is in --set and in \[grid\]"),
+        ({"keep": 0.5}, r"keep is in --set and in \[methods.lpaf\]"),
+    ],
+)
+def test_bad_changes_are_one_clear_error(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        read_study(written(tmp_path / "s.toml"), {"model": "m"} | changes)
+
+
+def test_a_run_is_named_by_what_it_reads(tiny_model, tmp_path):
+    """Other content under the same path is another run; the same content elsewhere is the same."""
+    names = []
+    for place, seed in (("a", 1), ("b", 1), ("a", 2)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        write_rows(tmp_path / place / "train.jsonl", sentences(20, seed=seed))
+        changes = {"model": str(tiny_model), "data_dir": str(tmp_path / place)}
+        file = read_study(written(tmp_path / "s.toml"), changes)
+        names.append(next(Study(file, tmp_path, "").final()).name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_force_is_part_of_a_name_where_it_decides(tiny_model, tmp_path):
+    text = FILE.replace("rank = [2, 4]", "ratio = [0.3]").replace("keep = 0.3", 'rank = "auto"')
+    text += '[methods.forced]\nrank = "auto"\nforce = true\n'
+    file = read_study(written(tmp_path / "s.toml", text), {"model": str(tiny_model)})
+    assert len({run.name for run in Study(file, tmp_path, "").final()}) == 6
+
+
+def test_whole_and_broken_numbers_are_the_same_run(tiny_model, tmp_path):
+    changes = {"model": str(tiny_model)}
+    files = [
+        written(tmp_path / "a.toml"),
+        written(tmp_path / "b.toml", FILE, ("prune_epochs = 1", "prune_epochs = 1.0")),
+    ]
+    names = [next(Study(read_study(file, changes), tmp_path, "").final()).name for file in files]
+    assert names[0] == names[1]
+
+
+def test_an_error_of_one_run_does_not_stop_the_others(done, tmp_path, monkeypatch):
+    _, _, changes = done
+    original = recipe.compress
+
+    def fail(options, command):
+        if options.method == "lpaf":
+            raise RuntimeError("out of memory")
+        return original(options, command)
+
+    monkeypatch.setattr(recipe, "compress", fail)
+    path = written(tmp_path / "s.toml", FILE, ("[2, 4]", "[3]"), ("[0, 1]", "[0]"))
+    result = study(str(path), str(tmp_path / "out"), changes=changes)
+    assert [run["method"] for run in result["runs"]] == ["svd"]
+    assert [*result["failed"].values()] == ["lpaf rank=3 seed=0: out of memory"]
+
+
+def outcome(directory, label, seed, metric, scores, split="test"):
+    """A finished run whose report and scores are given."""
+    directory.mkdir()
+    details = {stage: {split: {"pearson": metric}} for stage in ("dense", "compressed")}
+    report = {"metric": {"name": "pearson", "details": details}, "problem": "regression"}
+    (directory / "report.json").write_text(json.dumps(report))
+    save_file({f"scores.compressed.{split}": torch.tensor(scores)}, directory / "analysis.safetensors")
+    return Outcome(label, (("ratio", 0.5),), seed, {}, directory)
+
+
+def test_difference_is_that_of_the_metric_and_p_that_of_the_examples(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 40, generator=generator) for _ in range(2))
+    runs = [outcome(tmp_path / f"a{i}", "a", i, 0.8 + i / 10, ours[i].tolist()) for i in range(2)]
+    runs += [outcome(tmp_path / f"b{i}", "b", i, 0.5, theirs[i].tolist()) for i in range(2)]
+    first, second = table(runs, "compressed", "test", "b")
+    p = scipy.stats.ttest_rel(ours.mean(0), theirs.mean(0)).pvalue
+    assert first.test.p_value == pytest.approx(p, rel=1e-5)
+    assert str(first) == f"85.00 ± 7.07 (+35.00, p = {p:.2g})"
+    assert str(second) == "50.00 ± 0.00"
+
+
+def test_missing_seeds_are_told(tmp_path):
+    runs = [outcome(tmp_path / f"a{i}", "a", i, 0.8, [0.0, 1.0]) for i in range(2)]
+    runs.append(outcome(tmp_path / "b0", "b", 0, 0.5, [0.0, 0.5]))
+    assert str(table(runs, "compressed", "test", None)[1]) == "50.00 [1 of 2 seeds missing]"
+    assert table(runs, "compressed", "validation", None) == []
 
 
 def test_a_file_extends_another(tmp_path):
