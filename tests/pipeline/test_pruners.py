@@ -599,12 +599,12 @@ def test_a_resumed_run_reads_the_snapshots_of_the_epochs_before(tiny_options, tm
     work = tmp_path / ".out.lpaf-work" / "prune"
     files = sorted(path.name for path in work.glob("snapshot-*"))
     assert files == ["snapshot-1.safetensors", "snapshot-2.safetensors"]
-    assert load_file(work / files[0])["bank"].shape == (1, 96, 32)
+    assert load_file(work / files[0])["bank"].shape == (96, 32)
     encoded = []
     monkeypatch.setattr(
         ContrastivePruner,
         "encode",
-        lambda self, model: encoded.append(1) or encode(model, self.train, self.tokenizer)[None],
+        lambda self, model: encoded.append(1) or encode(model, self.train, self.tokenizer),
     )
     prune_run(options | {"resume": True})
     assert len(encoded) == 2, "the pre-trained and the fine-tuned model's banks, no snapshots"
