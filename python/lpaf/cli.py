@@ -127,7 +127,10 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet)")
     parser.add_argument("--validation-file", metavar="FILE", help="file to evaluate on, instead of --data-dir")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens per example (default: 384 for questions, else 128)"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens per example (default: 384 for questions, else 128, or what the model takes)",
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples per batch")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
