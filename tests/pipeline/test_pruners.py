@@ -484,7 +484,7 @@ class TestContrastive:
         assert [mode for mode, _, _ in taken[2:]] == [True, True], "one at the start of epochs 2 and 3"
         assert [mode for _, mode, _ in taken[2:]] == [True, True], "and training goes on"
         assert not torch.equal(taken[2][2], taken[3][2])
-        history = run.history["prune"]
+        history = run.findings.history["prune"]
         assert {"contrast_pretrained", "contrast_dense", "task", "distillation"} <= history[0].keys()
         assert "contrast_snapshots" not in history[0]
         assert "contrast_snapshots" in history[-1]
@@ -506,7 +506,7 @@ class TestContrastive:
         pruner.look_around(Surroundings(run.pretrained, dense, train, run.prepared.tokenizer))
         assert pruner.labels is None
         run.prune(copy.deepcopy(dense), train, dense)
-        assert {"contrast_dense", "distillation"} <= run.history["prune"][-1].keys()
+        assert {"contrast_dense", "distillation"} <= run.findings.history["prune"][-1].keys()
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="contrastive: must be 0 or more"):
@@ -634,7 +634,7 @@ def test_every_round_of_a_lottery_ticket_starts_from_the_pretrained_weights(tiny
         assert kept_share(start) == share
     moved = [name for name, part in model.state_dict().items() if not torch.equal(part, pretrained[name])]
     assert "classifier.weight" in moved, "and the ticket is trained"
-    assert [run.history[stage][-1]["keep"] for stage in ("round-1", "round-2", "prune")] == [1.0, 0.5, 0.25]
+    assert [run.findings.history[stage][-1]["keep"] for stage in ("round-1", "round-2", "prune")] == [1.0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("pruner", ["magnitude", "soft-movement"])

@@ -6,14 +6,11 @@ import copy
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -24,8 +21,6 @@ import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
 
 from ..data import tokenize
-from ..data.task_data import TEST
-from ..evaluate.metrics import compute_metrics, example_scores
 from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
@@ -50,7 +45,7 @@ from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
 from .pruning import make_pruner, score_init
-from .record import run_record
+from .record import Findings, run_record
 from .stages import StageStore, Tensors, stage_key
 from .workspace import Workspace, explain_os_error
 
@@ -89,11 +84,7 @@ class Compression:
         pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
         self.prune_distill = self.distill if pruner.distill is None else pruner.distill
         self.mixed_rank_p = options.mixed_rank_p
-        self.seconds: dict[str, float] = {}
-        self.details: dict[str, dict[str, dict[str, float]]] = {}
-        self.history: dict[str, list[dict[str, float]]] = {}
-        #: "stage.split" -> score of every example, float32 [N]
-        self.examples: Tensors = {}
+        self.findings = Findings(data.spec)
 
     def tokenize(self, examples: Dataset) -> Dataset:
         """Token ids of a split."""
@@ -102,34 +93,15 @@ class Compression:
 
     # measuring ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def timed(self, stage: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def evaluate(self, stage: str, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Metrics of ``model`` on every split that is held out, under ``stage`` in the report."""
+    def evaluate(self, stage: str, model: nn.Module) -> None:
+        """Score ``model`` on every split that is held out, under ``stage`` in the report."""
         prepared, spec = self.prepared, self.prepared.data.spec
-        self.details[stage] = {}
-        with self.timed("evaluate"):
+        with self.findings.timed("evaluate"):
             for name, split in prepared.data.validation.items():
                 encoded = self.validation[name]
                 outputs, labels = task_outputs(model, spec, split, encoded, prepared.tokenizer, prepared.spans)
-                self.details[stage][name] = compute_metrics(spec, outputs, labels)
-                scores = example_scores(spec, outputs, labels)
-                self.examples[f"{stage}.{name}"] = torch.from_numpy(scores)
-        say(f"{stage}: {spec.main_metric} {self.metric(stage):.4f}")
-        return self.details[stage]
-
-    def metric(self, stage: str, name: str | None = None) -> float | None:
-        """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
-        run."""
-        if stage not in self.details:
-            return None
-        name = name or self.prepared.data.spec.main_metric
-        splits = [metrics for split, metrics in self.details[stage].items() if split != TEST]
-        return float(np.mean([metrics[name] for metrics in splits]))
+                self.findings.score(stage, name, outputs, labels)
+        say(f"{stage}: {spec.main_metric} {self.findings.metric(stage):.4f}")
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -161,8 +133,8 @@ class Compression:
     ) -> None:
         """Train one stage from its start or from its last checkpoint."""
         set_seed(train.seed)
-        with self.timed(stage):
-            self.history[stage] = train_stage(
+        with self.findings.timed(stage):
+            self.findings.history[stage] = train_stage(
                 stage,
                 model,
                 self.prepared.tokenizer,
@@ -182,19 +154,14 @@ class Compression:
             kept = self.stages.load(stage, key)
             if kept is None:
                 tensors = work()
-                self.stages.store(stage, key, tensors | _prefixed("examples", self.examples), self.records())
+                examples = _prefixed("examples", self.findings.examples)
+                self.stages.store(stage, key, tensors | examples, self.findings.to_json())
                 if is_main():
                     shutil.rmtree(self.workspace.stage(stage), ignore_errors=True)
                 return tensors
         tensors, record = kept
-        for name, values in record.items():
-            getattr(self, name).update(values)
-        self.examples |= _taken(tensors, "examples")
+        self.findings.restore(record, _taken(tensors, "examples"))
         return tensors
-
-    def records(self) -> dict[str, Any]:
-        """What the report says of the stages up to now."""
-        return {"details": self.details, "history": self.history, "seconds": self.seconds}
 
     def key(self, stage: str) -> str:
         """The key of ``stage`` in the store: equal in runs whose weights are the same up to there."""
@@ -234,7 +201,7 @@ class Compression:
             return self.train
 
         def work() -> Tensors:
-            with self.timed("teacher"):
+            with self.findings.timed("teacher"):
                 prepared = self.prepared
                 logits = predict(
                     dense,
@@ -292,7 +259,7 @@ class Compression:
         prepared, shapes = self.prepared, matrix_shapes(model)
         if prepared.rank is not None:
             return dict.fromkeys(shapes, prepared.rank)
-        with self.timed("factorize"):
+        with self.findings.timed("factorize"):
             spectra = weighted_spectra(model, scores, prepared.method.weighting)
         largest = largest_ranks(shapes, self.options.force)
         if prepared.budget is not None:
@@ -315,7 +282,7 @@ class Compression:
     ) -> Factorized:
         """Replace the encoder linears of ``model`` by factors of ``rank``, in place."""
         method = self.prepared.method
-        with self.timed("factorize"):
+        with self.findings.timed("factorize"):
             factorized = FACTORIZERS[method.factorizer](rank=rank, weighting=method.weighting)(model, scores)
         self.evaluate(stage, model)
         return factorized
@@ -378,7 +345,9 @@ class Compression:
         }
 
         def finish() -> dict[str, Any]:
-            report, analysis = run_record(self, dense, model, factorized, others)
+            report, analysis = run_record(
+                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, others
+            )
             self.publish(model, report, analysis)
             return report
 

@@ -3,37 +3,105 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..data import TaskSpec
+from ..data.task_data import TEST
+from ..evaluate.metrics import compute_metrics, example_scores
 from ..factorize import Factorized
 from ..models.count import encoder_params, forward_macs, total_params, weight_bytes
 from ..models.targets import encoder_linears
 from ..report.summary import STAGES
 from .measure import latency_record, rank_record, versions
+from .prepare import Prepared
 from .pruning import score_init, takes
-
-if TYPE_CHECKING:
-    from .compress import Compression
 
 REPORT_SCHEMA = 1
 
 
+class Findings:
+    """What the stages of a run find, for its report.
+
+    Args:
+        spec: the task.
+    """
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.spec = spec
+        #: stage -> split -> metric -> value
+        self.details: dict[str, dict[str, dict[str, float]]] = {}
+        #: training stage -> what it logged
+        self.history: dict[str, list[dict[str, float]]] = {}
+        self.seconds: dict[str, float] = {}
+        #: "stage.split" -> score of every example, float32 [N]
+        self.examples: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to those of ``stage``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def score(self, stage: str, split: str, outputs: Any, labels: Any) -> None:
+        """Record how well ``outputs`` fit ``labels``; both as ``compute_metrics`` takes them."""
+        self.details.setdefault(stage, {})[split] = compute_metrics(self.spec, outputs, labels)
+        self.examples[f"{stage}.{split}"] = torch.from_numpy(example_scores(self.spec, outputs, labels))
+
+    def metric(self, stage: str, name: str | None = None) -> float | None:
+        """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
+        findings."""
+        if stage not in self.details:
+            return None
+        name = name or self.spec.main_metric
+        splits = [metrics for split, metrics in self.details[stage].items() if split != TEST]
+        return float(np.mean([metrics[name] for metrics in splits]))
+
+    def to_json(self) -> dict[str, Any]:
+        """All but ``examples``, which are tensors."""
+        return {"details": self.details, "history": self.history, "seconds": self.seconds}
+
+    def restore(self, record: Mapping[str, Any], examples: Mapping[str, torch.Tensor]) -> None:
+        """Add what :meth:`to_json` gave an earlier run, and its examples."""
+        for name, values in record.items():
+            getattr(self, name).update(values)
+        self.examples.update(examples)
+
+
 def run_record(
-    run: Compression, dense: nn.Module, model: nn.Module, factorized: Factorized, controls: Mapping[str, nn.Module]
+    prepared: Prepared,
+    findings: Findings,
+    command: str,
+    mixed_rank_p: float | None,
+    dense: nn.Module,
+    model: nn.Module,
+    factorized: Factorized,
+    controls: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """report.json's content and the tensors behind its pictures."""
-    options, prepared, spec = run.options, run.prepared, run.prepared.data.spec
+    """report.json's content and the tensors behind its pictures.
+
+    Args:
+        command: how the run was started.
+        mixed_rank_p: first probability of the sparse path.
+        dense, model: before and after.
+        factorized: what factorisation left behind.
+        controls: further models made for comparison.
+    """
+    options, spec = prepared.options, prepared.data.spec
     pruner = prepared.method.pruner
     before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
     models = {"dense": dense, "compressed": model, **controls}
-    with run.timed("measure"):
+    with findings.timed("measure"):
         times = latency_record(models, options.bench_batch, options.bench_length)
         ranks, analysis = rank_record(before, factorized, model, pruned=pruner is not None)
-    analysis |= {f"scores.{name}": scores for name, scores in run.examples.items()}
+    analysis |= {f"scores.{name}": scores for name, scores in findings.examples.items()}
     dense_params, compressed_params = encoder_params(dense), encoder_params(model)
     length = options.bench_length
     return {
@@ -43,16 +111,16 @@ def run_record(
         "task": options.task,
         "problem": spec.problem,
         "seed": options.seed,
-        "command": run.command,
+        "command": command,
         "metric": {
             "name": spec.main_metric,
-            **{stage: run.metric(stage) for stage in STAGES},
+            **{stage: findings.metric(stage) for stage in STAGES},
             "others": {
-                name: {stage: run.metric(stage, name) for stage in STAGES}
+                name: {stage: findings.metric(stage, name) for stage in STAGES}
                 for name in spec.metrics
                 if name != spec.main_metric
             },
-            "details": run.details,
+            "details": findings.details,
         },
         "encoder_params": {
             "dense": dense_params,
@@ -69,7 +137,7 @@ def run_record(
         "latency_ms": times,
         "controls": {
             name: {
-                "metric": run.metric(f"compressed-{name}"),
+                "metric": findings.metric(f"compressed-{name}"),
                 "encoder_ratio": encoder_params(control) / dense_params,
                 "file_bytes": weight_bytes(control),
                 "flops": forward_macs(control, length),
@@ -78,8 +146,8 @@ def run_record(
             for name, control in controls.items()
         },
         "rank": ranks,
-        "training": run.history,
-        "seconds": {stage: round(value, 2) for stage, value in run.seconds.items()},
+        "training": findings.history,
+        "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),
         "config": options.to_dict()
         | {
@@ -87,7 +155,7 @@ def run_record(
             "pruner": pruner,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
-            "mixed_rank_p": run.mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
+            "mixed_rank_p": mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
