@@ -262,6 +262,14 @@ def test_a_run_is_named_by_what_it_reads(tiny_model, tmp_path):
     assert names[0] == names[1] != names[2]
 
 
+def test_how_others_prune_is_no_part_of_the_name_of_a_run_that_does_not(tiny_model, tmp_path):
+    changes = {"model": str(tiny_model)}
+    files = [read_study(written(tmp_path / "s.toml"), changes | more) for more in ({}, {"prune_lr": 1e-4})]
+    first, second = ({run.label: run.name for run in Study(file, tmp_path, "").final()} for file in files)
+    assert first["svd"] == second["svd"]
+    assert first["lpaf"] != second["lpaf"]
+
+
 def test_force_is_part_of_a_name_where_it_decides(tiny_model, tmp_path):
     text = FILE.replace("rank = [2, 4]", "ratio = [0.3]").replace("keep = 0.3", 'rank = "auto"')
     text += '[methods.forced]\nrank = "auto"\nforce = true\n'

@@ -25,6 +25,8 @@ ARGUMENTS = {
 }
 #: field of CompressOptions -> attribute of the pruners that have a use for it
 TRAINING = {"prune_lr": "trains", "prune_from": "trains", "score_lr": "learned_scores"}
+#: fields that mean nothing where nothing is pruned
+PRUNER_OPTIONS = (*ARGUMENTS, *TRAINING, "pruner", "hard_pruning")
 #: where scores start that rank against each other: at zero, the first cuts of a short run would follow noise
 SCORE_INIT = 4.0
 

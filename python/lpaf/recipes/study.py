@@ -57,6 +57,7 @@ from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
 from .methods import get_method
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
+from .pruning import PRUNER_OPTIONS
 from .stages import stage_key
 from .workspace import BusyError, is_published, work_directory
 
@@ -248,7 +249,8 @@ class Run:
         """The run's folder: equal for runs that end with the same weights."""
         options = CompressOptions(**self.settings, output="unwritten")
         processes = process_place()[1]
-        decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS)) | {
+        idle = () if get_method(options.method).with_options(options).pruner else PRUNER_OPTIONS
+        decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS, *idle)) | {
             "weights": weights_fingerprint(options.model),
             "data": files_fingerprint(options),
             "force": options.forced,
