@@ -399,7 +399,10 @@ class TestContrastive:
 
     def test_candidates(self):
         own = torch.tensor([7, 900])
-        draw = lambda seed: draw_candidates(own, 1000, 40, torch.Generator().manual_seed(seed))  # noqa: E731
+
+        def draw(seed: int) -> torch.Tensor:
+            return draw_candidates(own, 1000, 40, torch.Generator().manual_seed(seed))
+
         found = draw(0)
         assert set(own.tolist()) <= set(found.tolist())
         assert len(found.unique()) == len(found) <= 42

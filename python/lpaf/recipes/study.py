@@ -39,6 +39,7 @@ import itertools
 import json
 import shutil
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,23 +138,7 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFil
     sections |= {f"[methods.{label}]": _table_of(where, f"methods.{label}", of) for label, of in methods.items()}
     for section, given in sections.items():
         _known(f"{where}: {section}", given, names)
-    for section in ("[tune]", "--set", *(name for name in sections if name.startswith("[methods."))):
-        for name in sections[section]:
-            overriding = {"[grid]": grid, "[tune]": tune}
-            if section == "--set":
-                overriding |= {f"[methods.{label}]": of for label, of in methods.items()}
-            other = next((its for its, given in overriding.items() if its != section and name in given), None)
-            if other is not None:
-                raise InputError(f"{where}: {name} is in {section} and in {other}; leave it out of one")
-    for section in sections:
-        if section not in ("[options]", "[tune.at]", "[grid]", "--set") and "seed" in sections[section]:
-            raise InputError(f"{where}: seed is in {section}; it belongs into [grid] or [options]")
-    for section in ("[grid]", "[tune]"):
-        for name, values in sections[section].items():
-            if not isinstance(values, list) or not values:
-                raise InputError(f"{where}: {section} {name} = {values!r}: expected a list of values")
-            if any(value in values[:at] for at, value in enumerate(values)):
-                raise InputError(f"{where}: {section} {name} = {values!r}: has a value twice")
+    _check_places(where, sections)
     for name, value in tune_at.items():
         if value not in grid.get(name, []):
             raise InputError(f"{where}: [tune.at] {name} = {value!r} is not in [grid]")
@@ -180,6 +165,27 @@ def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFil
     for label, cell, seed, tuned in combinations:
         _options(study.settings(label, cell, seed, tuned), Path("unwritten"), Path("unwritten"), where)
     return study
+
+
+def _check_places(where: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """InputError where one section would override another in silence, or a list is none."""
+    grid, tune = sections["[grid]"], sections["[tune]"]
+    methods = {section: given for section, given in sections.items() if section.startswith("[methods.")}
+    for section in ("[tune]", "--set", *methods):
+        overriding = {"[grid]": grid, "[tune]": tune} | (methods if section == "--set" else {})
+        for name in sections[section]:
+            other = next((its for its, given in overriding.items() if its != section and name in given), None)
+            if other is not None:
+                raise InputError(f"{where}: {name} is in {section} and in {other}; leave it out of one")
+    for section in ("[tune]", *methods):
+        if "seed" in sections[section]:
+            raise InputError(f"{where}: seed is in {section}; it belongs into [grid] or [options]")
+    for section, lists in {"[grid]": grid, "[tune]": tune}.items():
+        for name, values in lists.items():
+            if not isinstance(values, list) or not values:
+                raise InputError(f"{where}: {section} {name} = {values!r}: expected a list of values")
+            if any(value in values[:at] for at, value in enumerate(values)):
+                raise InputError(f"{where}: {section} {name} = {values!r}: has a value twice")
 
 
 def _table_of(where: str, name: str, value: Any) -> dict[str, Any]:
@@ -217,13 +223,12 @@ def _known(where: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def _options(settings: Settings, directory: Path, stages: Path, where: str) -> CompressOptions:
     """Options of a run in ``directory``; InputError that begins with ``where``."""
-    for option in dataclasses.fields(CompressOptions):
-        value = settings.get(option.name, option.default)
-        wanted = str(option.type)
-        kinds = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
-        allowed = tuple(itertools.chain(*((k,) if isinstance(k, type) else k for w, k in kinds.items() if w in wanted)))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in wanted):
-            raise InputError(f"{where}: {option.name} = {value!r}: expected {wanted.replace(' | None', '')}")
+    kinds = typing.get_type_hints(CompressOptions)
+    for name, value in settings.items():
+        fits = isinstance(value, kinds[name]) or (isinstance(value, int) and isinstance(0.0, kinds[name]))
+        if not fits or (isinstance(value, bool) and kinds[name] is not bool):
+            wanted = getattr(kinds[name], "__name__", str(kinds[name]).removesuffix(" | None"))
+            raise InputError(f"{where}: {name} = {value!r}: expected {wanted}")
     try:
         options = CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
         method = get_method(options.method).with_options(options)
