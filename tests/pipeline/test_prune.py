@@ -10,7 +10,7 @@ from transformers import TrainerState
 from lpaf.errors import TrainingDivergedError
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.targets import encoder_linears
-from lpaf.prune import CubicSchedule, HardMovementPruner, MovementPruner
+from lpaf.prune import CubicSchedule, HardMovementPruner, MovementPruner, SensitivityPruner
 from lpaf.prune.importance import ImportancePruner, sparse_linears
 from lpaf.prune.movement import masked_linears
 from lpaf_kernels import LowRankSparseLinear
@@ -147,6 +147,59 @@ class TestHardMovement:
             HardMovementPruner(0.5, scope="row")
 
 
+class TestSensitivity:
+    """Sums of |W dL/dW_eff| in the scores of the masks."""
+
+    def backward(self, model, seed):
+        ids = torch.randint(5, 20, (4, 6), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+
+    def test_scores_add_up_absolute_products_of_kept_and_pruned_weights(self, model):
+        pruner = SensitivityPruner(0.5)
+        pruner.attach(model)
+        modules = [module for _, module in masked_linears(model)]
+        expected = [torch.zeros_like(module.scores) for module in modules]
+        callback = pruner.callback(steps=10)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(3):
+            callback.on_step_begin(None, TrainerState(global_step=4 * step), None, model=model)
+            self.backward(model, seed=step)
+            for total, module in zip(expected, modules, strict=True):
+                total += module.scores.grad.abs()  # W dL/dW_eff: test_scores_accumulate_movement
+            callback.on_pre_optimizer_step(None, TrainerState(global_step=4 * step), None, model=model)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert callback.progress == {"keep": 0.5}
+        for total, module in zip(expected, modules, strict=True):
+            torch.testing.assert_close(module.scores.detach(), total)
+            assert module.scores.detach()[~module.mask()].any(), "pruned weights are scored too"
+
+    def test_keeps_the_weights_that_matter_however_their_gradients_are_signed(self, model):
+        """Gradients of alternating sign cancel in movement, and movement against the weight counts as unimportance."""
+        pruner = SensitivityPruner(0.25)
+        pruner.attach(model)
+        generator = torch.Generator().manual_seed(0)
+        modules = [module for _, module in masked_linears(model)]
+        vital = [torch.rand(module.scores.shape, generator=generator) < 0.25 for module in modules]
+        for step in range(6):
+            for module, where in zip(modules, vital, strict=True):
+                module.scores.grad = torch.where(where, (-1.0) ** step, 0.1)
+            pruner.accumulate(model)
+        pruner.update_masks(model, 0.2)
+        for module, where in zip(modules, vital, strict=True):
+            assert where[module.mask()].all()
+
+    def test_nothing_is_scored_where_there_is_no_gradient(self, model):
+        pruner = SensitivityPruner(0.5)
+        pruner.attach(model)
+        pruner.accumulate(model)
+        assert not any(module.scores.any() for _, module in masked_linears(model))
+
+    def test_bad_scope(self):
+        with pytest.raises(ValueError, match="scope: expected 'matrix' or 'global', got 'row'"):
+            SensitivityPruner(0.5, scope="row")
+
+
 def test_nan_scores_stop_the_run_when_it_logs(model):
     """On a GPU the selection marks NaN scores by a NaN threshold."""
     pruner = MovementPruner(0.5)
@@ -158,10 +211,12 @@ def test_nan_scores_stop_the_run_when_it_logs(model):
         callback.on_log(None, TrainerState(global_step=3), None, model=model)
 
 
-@pytest.mark.parametrize("pruner", [MovementPruner(0.5), HardMovementPruner(0.5), ImportancePruner(0.5, rank=4)])
+@pytest.mark.parametrize(
+    "pruner", [MovementPruner(0.5), SensitivityPruner(0.5), HardMovementPruner(0.5), ImportancePruner(0.5, rank=4)]
+)
 def test_nan_scores_never_prune_in_silence(model, pruner):
     pruner.attach(model)
-    state = {MovementPruner: "scores", HardMovementPruner: "movement", ImportancePruner: "importance"}[type(pruner)]
+    state = {HardMovementPruner: "movement", ImportancePruner: "importance"}.get(type(pruner), "scores")
     linear = next(iter(encoder_linears(model).values()))
     getattr(linear, state).data.view(-1)[0] = float("nan")
     if not isinstance(pruner, MovementPruner):

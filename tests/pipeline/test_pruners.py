@@ -543,6 +543,7 @@ def test_terms_see_batch_and_outputs_and_are_added_and_logged(tiny_options, tmp_
 # the recipe ----------------------------------------------------------------------------------------------------------
 
 PRUNED = {
+    "sensitivity": {"keep": 0.3},
     "soft-movement": {"score_lr": 0.5, "penalty": 3.0},
     "cap": {"keep": 0.3},
     "gradual-magnitude": {"keep": 0.3, "prune_interval": 2},
@@ -578,6 +579,7 @@ def interrupt(monkeypatch, options: dict, stage: str, step: int) -> None:
 @pytest.mark.parametrize(
     ("pruner", "places"),
     [
+        ("sensitivity", [("prune", 9)]),
         ("soft-movement", [("prune", 9)]),
         ("gradual-magnitude", [("prune", 9)]),
         ("cap", [("prune", 9)]),

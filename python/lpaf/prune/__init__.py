@@ -22,12 +22,14 @@ from .magnitude import GradualMagnitudePruner, MagnitudePruner
 from .movement import HardMovementPruner, MovementPruner
 from .pruner import Pruner, Surroundings
 from .schedule import CubicSchedule
+from .sensitivity import SensitivityPruner
 from .soft_movement import SoftMovementPruner
 
 #: name -> class with the interface above
 PRUNERS = {
     "movement": MovementPruner,
     "hard-movement": HardMovementPruner,
+    "sensitivity": SensitivityPruner,
     "soft-movement": SoftMovementPruner,
     "cap": ContrastivePruner,
     "magnitude": MagnitudePruner,
@@ -47,6 +49,7 @@ __all__ = [
     "MagnitudePruner",
     "MovementPruner",
     "Pruner",
+    "SensitivityPruner",
     "SoftMovementPruner",
     "Surroundings",
 ]

@@ -13,7 +13,7 @@ from ..factorize import WEIGHTINGS
 from ..models.count import AUTO
 
 #: values of --pruner: names in lpaf.prune.PRUNERS
-PRUNER_CHOICES = ("movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
+PRUNER_CHOICES = ("movement", "sensitivity", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
 
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
@@ -113,8 +113,9 @@ class CompressOptions:
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
     pruner: str | None = option(
         None,
-        "how --method lpaf prunes: movement (default), soft-movement, cap (movement with contrastive losses), "
-        "magnitude (once, without training), gradual-magnitude, lottery-ticket",
+        "how --method lpaf prunes: movement (default), sensitivity (first-order too, but steady in short runs), "
+        "soft-movement, cap (movement with contrastive losses), magnitude (once, without training), gradual-magnitude, "
+        "lottery-ticket",
         "method",
         choices=PRUNER_CHOICES,
     )
