@@ -1,4 +1,4 @@
-"""First-order pruning by sensitivity: scores add up |W dL/dW_eff| (SNIP's criterion, Lee et al., 2019, over all steps).
+"""First-order pruning by sensitivity: scores add up |W dL/dW_eff| (Lee et al., 2019; LoSparse, Eq. 2; over all steps).
 
 By Taylor's first term |W dL/dW| is what the loss would change by if the weight were zero, and LPAF calls its criterion
 a sensitivity too (section 3.2). Movement (Eq. 4) sums the same products with their signs: what has moved away from
