@@ -263,11 +263,19 @@ def test_a_run_is_named_by_what_it_reads(tiny_model, tmp_path):
 
 
 def test_how_others_prune_is_no_part_of_the_name_of_a_run_that_does_not(tiny_model, tmp_path):
-    changes = {"model": str(tiny_model)}
-    files = [read_study(written(tmp_path / "s.toml"), changes | more) for more in ({}, {"prune_lr": 1e-4})]
-    first, second = ({run.label: run.name for run in Study(file, tmp_path, "").final()} for file in files)
-    assert first["svd"] == second["svd"]
-    assert first["lpaf"] != second["lpaf"]
+    text = FILE + "[methods.unpruned]\nprune = false\n"
+    changes = ({}, {"prune_lr": 1e-4}, {"pruner": "cap", "contrastive": 0.2})
+    files = [read_study(written(tmp_path / "s.toml", text), {"model": str(tiny_model)} | more) for more in changes]
+    names = [{run.label: run.name for run in Study(file, tmp_path, "").final()} for file in files]
+    assert len({name["svd"] for name in names}) == 1
+    assert len({name["unpruned"] for name in names}) == 1
+    assert len({name["lpaf"] for name in names}) == 3
+
+
+def test_a_method_that_does_not_prune_takes_no_pruner_of_its_own(tmp_path):
+    text = FILE.replace('method = "svd"', 'method = "svd"\npruner = "cap"')
+    with pytest.raises(InputError, match="--pruner cap: --method svd does not prune"):
+        read_study(written(tmp_path / "s.toml", text), {"model": "m"})
 
 
 def test_force_is_part_of_a_name_where_it_decides(tiny_model, tmp_path):

@@ -56,7 +56,7 @@ from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
-from .methods import get_method
+from .methods import METHODS, get_method
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .pruning import PRUNER_OPTIONS
 from .stages import stage_key
@@ -114,8 +114,18 @@ class StudyFile:
         return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
 
     def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
-        """The options of one run; those of its method go before ``[options]``."""
-        return self.options | self.methods[label] | dict(cell) | {"seed": seed} | tuned
+        """The options of one run; those of its method go before ``[options]``, of which a method that does not prune
+        takes nothing about pruning."""
+        shared, own = self.options, self.methods[label]
+        if not _prunes(shared | own):
+            shared = {name: value for name, value in shared.items() if name not in PRUNER_OPTIONS}
+        return shared | own | dict(cell) | {"seed": seed} | tuned
+
+
+def _prunes(settings: Settings) -> bool:
+    """Whether a run prunes; what is wrong with its options is found later."""
+    method = METHODS.get(str(settings.get("method", CompressOptions.method)))
+    return method is None or (method.pruner is not None and settings.get("prune", True) is not False)
 
 
 def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFile:
