@@ -111,10 +111,11 @@ CASES = {
     "pruner without pruning": ({"--pruner": "cap", "--no-prune": True}, ("--pruner cap", "--no-prune")),
     "hard pruning by magnitude": ({"--hard-pruning": True, "--pruner": "magnitude"}, ("--hard-pruning", "magnitude")),
     "soft pruning to a share": ({"--pruner": "soft-movement", "--keep": "0.3"}, ("--keep", "movement", "ignore")),
-    "threshold of movement": ({"--threshold": "0.2"}, ("--threshold", "--pruner soft-movement", "movement would")),
+    "threshold of movement": ({"--threshold": "0.2"}, ("--threshold", "--pruner soft-movement", "sensitivity would")),
     "rounds of nothing": ({"--rounds": "2", "--method": "svd"}, ("--rounds", "lottery-ticket", "--method svd")),
     "rates of one-shot pruning": ({"--pruner": "magnitude", "--prune-lr": "1"}, ("--prune-lr", "magnitude would")),
     "scores of magnitude": ({"--pruner": "gradual-magnitude", "--score-lr": "1"}, ("--score-lr", "movement")),
+    "where sensitivity starts": ({"--score-init": "1"}, ("--score-init", "--pruner movement", "sensitivity would")),
     "warm-up of a ticket": (
         {"--pruner": "lottery-ticket", "--prune-warmup": "0.2"},
         ("--prune-warmup", "ticket would"),

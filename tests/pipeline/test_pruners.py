@@ -669,8 +669,9 @@ def test_compress_with_another_pruner(tiny_options, pruner, capsys):
 def test_where_scores_start(tiny_options, pruner, start):
     from lpaf.recipes.pruning import make_pruner
 
-    assert make_pruner(pruner, CompressOptions(**tiny_options)).score_init == start
-    assert make_pruner(pruner, CompressOptions(**tiny_options | {"score_init": 1.5})).score_init == 1.5
+    options = tiny_options | {"pruner": pruner}
+    assert make_pruner(pruner, CompressOptions(**options)).score_init == start
+    assert make_pruner(pruner, CompressOptions(**options | {"score_init": 1.5})).score_init == 1.5
 
 
 @pytest.mark.parametrize("start", ["finetuned", "pretrained"])

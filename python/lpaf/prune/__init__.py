@@ -27,9 +27,9 @@ from .soft_movement import SoftMovementPruner
 
 #: name -> class with the interface above
 PRUNERS = {
+    "sensitivity": SensitivityPruner,
     "movement": MovementPruner,
     "hard-movement": HardMovementPruner,
-    "sensitivity": SensitivityPruner,
     "soft-movement": SoftMovementPruner,
     "cap": ContrastivePruner,
     "magnitude": MagnitudePruner,

@@ -42,7 +42,7 @@ class Method:
                 raise InputError(f"--pruner {options.pruner}: {without} does not prune")
             pruner = options.pruner
         if options.hard_pruning:
-            if pruner != "movement":
+            if pruner is None:
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
         check_pruner_options(pruner, options)
@@ -64,7 +64,7 @@ METHODS = {
         Method(
             "lpaf",
             "first-order pruning, row-weighted SVD, mixed-rank fine-tuning (Ren and Zhu, 2024)",
-            pruner="movement",
+            pruner="sensitivity",
             factorizer="svd",
             weighting="scores",
             retrainer="mixed-rank",

@@ -13,7 +13,7 @@ from ..factorize import WEIGHTINGS
 from ..models.count import AUTO
 
 #: values of --pruner: names in lpaf.prune.PRUNERS
-PRUNER_CHOICES = ("movement", "sensitivity", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
+PRUNER_CHOICES = ("sensitivity", "movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
 
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
@@ -113,9 +113,9 @@ class CompressOptions:
     scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
     pruner: str | None = option(
         None,
-        "how --method lpaf prunes: movement (default), sensitivity (first-order too, but steady in short runs), "
-        "soft-movement, cap (movement with contrastive losses), magnitude (once, without training), gradual-magnitude, "
-        "lottery-ticket",
+        "how --method lpaf prunes: sensitivity (default: |W dL/dW| added up), movement (the papers' scores, for "
+        "long runs), soft-movement, cap (movement with contrastive losses), magnitude (once, without training), "
+        "gradual-magnitude, lottery-ticket",
         "method",
         choices=PRUNER_CHOICES,
     )
@@ -128,8 +128,8 @@ class CompressOptions:
     )
     score_init: float | None = option(
         None,
-        "scores start at X times |W| / mean |W|; 0 starts them at zero, as the papers do (default: 4 for movement and "
-        "cap, 0 for soft-movement)",
+        "learned scores start at X times |W| / mean |W|; 0 starts them at zero, as the papers do (default: 4 for "
+        "movement and cap, 0 for soft-movement)",
         "method",
         metavar="X",
     )
@@ -144,8 +144,8 @@ class CompressOptions:
     )
     hard_pruning: bool = option(
         False,
-        "zero pruned weights on the spot; scores add up movement without an optimizer, from zero, as the paper's text "
-        "has it",
+        "prune by movement and zero pruned weights on the spot; scores add it up without an optimizer, from zero, as "
+        "the paper's text has it",
         "method",
     )
     prune_warmup: float = option(0.1, "share of pruning updates before it starts", "method", metavar="X")
