@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from lpaf.evaluate.predict import predict
 from lpaf.evaluate.spectra import numerical_rank, singular_values
 from lpaf.models.targets import encoder_linears
-from lpaf.prune import MagnitudePruner, MovementPruner
+from lpaf.prune import MagnitudePruner, MovementPruner, SensitivityPruner
 from lpaf.retrain.objective import Objective
 from lpaf.retrain.trainer import TrainOptions, train_stage
 from tiny import sentences
@@ -74,14 +74,21 @@ class Task:
         return found
 
 
+FIRST_ORDER = {
+    "sensitivity": SensitivityPruner,
+    # As in the papers: scores start at zero. From the weights' magnitude they keep what magnitude keeps.
+    "movement": lambda share: MovementPruner(share, score_init=0.0),
+}
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_first_order_pruning_lowers_the_rank_and_magnitude_does_not(tiny_model, tmp_path, seed):
     task = Task(AutoTokenizer.from_pretrained(tiny_model), tmp_path, seed)
     assert task.accuracy(task.dense) > 0.95
     assert mean_rank(task.dense) > 0.99 * HIDDEN
-    # As in the papers: scores start at zero. From the weights' magnitude they keep what magnitude keeps.
-    half, quarter, tenth = task.ranks(lambda share: MovementPruner(share, score_init=0.0))
-    assert half > quarter > tenth
-    assert tenth < 0.8 * HIDDEN
+    for make_pruner in FIRST_ORDER.values():
+        half, quarter, tenth = task.ranks(make_pruner)
+        assert half > quarter > tenth
+        assert tenth < 0.8 * HIDDEN
     for rank in task.ranks(MagnitudePruner):
         assert rank > 0.95 * HIDDEN
