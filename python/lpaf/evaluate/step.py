@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from ..models.count import matrix_shapes, resolve_rank
 from ..models.device import device_name, resolve_device
 from ..models.positions import most_tokens
 from ..models.targets import encoder_linears
-from ..prune.importance import ImportancePruner
-from ..prune.movement import HardMovementPruner, MovementPruner
+from ..prune import HardMovementPruner, ImportancePruner, MovementPruner, Pruner, SensitivityPruner
 from ..retrain.mixed_rank import MixedRank
 from ..retrain.objective import Objective
 from ..retrain.trainer import TrainOptions, make_optimizer
@@ -60,14 +60,8 @@ def _finetune(model: nn.Module, rank: int) -> list[TrainerCallback]:
     return []
 
 
-def _prune(model: nn.Module, rank: int) -> list[TrainerCallback]:
-    pruner = MovementPruner(KEEP, score_init=4.0)
-    pruner.attach(model)
-    return [pruner.callback(STEPS)]
-
-
-def _prune_hard(model: nn.Module, rank: int) -> list[TrainerCallback]:
-    pruner = HardMovementPruner(KEEP)
+def _prune(make_pruner: Callable[[], Pruner], model: nn.Module, rank: int) -> list[TrainerCallback]:
+    pruner = make_pruner()
     pruner.attach(model)
     return [pruner.callback(STEPS)]
 
@@ -95,8 +89,9 @@ def _mixed_rank(model: nn.Module, rank: int) -> list[TrainerCallback]:
 #: name -> (what turns a dense model into what is trained and returns the stage's callbacks, passes per batch)
 STAGES: dict[str, tuple[Callable[[nn.Module, int], list[TrainerCallback]], int]] = {
     "fine-tuning": (_finetune, 1),
-    "pruning": (_prune, 1),
-    "pruning-hard": (_prune_hard, 1),
+    "pruning": (partial(_prune, partial(SensitivityPruner, KEEP)), 1),
+    "pruning-movement": (partial(_prune, partial(MovementPruner, KEEP, score_init=4.0)), 1),
+    "pruning-hard": (partial(_prune, partial(HardMovementPruner, KEEP)), 1),
     "pruning-published": (_prune_published, 1),
     "losparse": (_losparse, 1),
     "mixed-rank": (_mixed_rank, 2),

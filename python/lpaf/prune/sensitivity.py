@@ -40,7 +40,7 @@ class SensitivityPruner(MovementPruner):
         so that no optimizer moves the scores."""
         for _, module in masked_linears(model):
             if module.scores.grad is not None:
-                module.scores.add_(module.scores.grad.abs())
+                module.scores.add_(module.scores.grad.abs_())
                 module.scores.grad = None
 
     def callback(self, steps: int) -> SensitivityCallback:
