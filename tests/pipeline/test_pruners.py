@@ -706,7 +706,7 @@ def test_pretrained_weights_are_not_in_a_fine_tuned_model(tiny_options, tmp_path
 @pytest.mark.parametrize("change", [{"method": "svd"}, {"pruner": "magnitude"}])
 def test_without_training_there_is_nothing_to_start_from(tiny_options, change):
     if "pruner" in change:
-        with pytest.raises(InputError, match="--prune-from: is for --pruner movement"):
+        with pytest.raises(InputError, match="--prune-from: is for --pruner sensitivity, movement"):
             prepare(CompressOptions(**tiny_options | {"prune_from": "pretrained"} | change))
         return
     _, report = compress(CompressOptions(**tiny_options | {"prune_from": "pretrained"} | change))
