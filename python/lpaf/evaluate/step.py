@@ -6,7 +6,6 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +30,8 @@ from .latency import Latency, check_counts, interleaved_seconds
 # The stage of a run that is timed: in the middle of the cubic schedule, of the paths' decay.
 STEPS, MIDDLE = 1000, 400
 KEEP = 0.5
+#: (dense model, rank) -> the callbacks of the stage that the model is in then
+Attach = Callable[[nn.Module, int], list[TrainerCallback]]
 MIXED_RANK_P = 0.5
 
 
@@ -60,10 +61,15 @@ def _finetune(model: nn.Module, rank: int) -> list[TrainerCallback]:
     return []
 
 
-def _prune(make_pruner: Callable[[], Pruner], model: nn.Module, rank: int) -> list[TrainerCallback]:
-    pruner = make_pruner()
-    pruner.attach(model)
-    return [pruner.callback(STEPS)]
+def _pruned_by(make_pruner: Callable[[int], Pruner]) -> Attach:
+    """Prune by what ``make_pruner`` makes of the rank."""
+
+    def attach(model: nn.Module, rank: int) -> list[TrainerCallback]:
+        pruner = make_pruner(rank)
+        pruner.attach(model)
+        return [pruner.callback(STEPS)]
+
+    return attach
 
 
 def _prune_published(model: nn.Module, rank: int) -> list[TrainerCallback]:
@@ -71,12 +77,6 @@ def _prune_published(model: nn.Module, rank: int) -> list[TrainerCallback]:
         linear.scores = nn.Parameter(torch.zeros_like(linear.weight))
         linear.__class__ = SortedMaskLinear
     return []
-
-
-def _losparse(model: nn.Module, rank: int) -> list[TrainerCallback]:
-    pruner = ImportancePruner(KEEP, rank, interval=1)  # as in the last phase of a run
-    pruner.attach(model)
-    return [pruner.callback(STEPS)]
 
 
 def _mixed_rank(model: nn.Module, rank: int) -> list[TrainerCallback]:
@@ -87,13 +87,14 @@ def _mixed_rank(model: nn.Module, rank: int) -> list[TrainerCallback]:
 
 
 #: name -> (what turns a dense model into what is trained and returns the stage's callbacks, passes per batch)
-STAGES: dict[str, tuple[Callable[[nn.Module, int], list[TrainerCallback]], int]] = {
+STAGES: dict[str, tuple[Attach, int]] = {
     "fine-tuning": (_finetune, 1),
-    "pruning": (partial(_prune, partial(SensitivityPruner, KEEP)), 1),
-    "pruning-movement": (partial(_prune, partial(MovementPruner, KEEP, score_init=4.0)), 1),
-    "pruning-hard": (partial(_prune, partial(HardMovementPruner, KEEP)), 1),
+    "pruning": (_pruned_by(lambda rank: SensitivityPruner(KEEP)), 1),
+    "pruning-movement": (_pruned_by(lambda rank: MovementPruner(KEEP, score_init=4.0)), 1),
+    "pruning-hard": (_pruned_by(lambda rank: HardMovementPruner(KEEP)), 1),
     "pruning-published": (_prune_published, 1),
-    "losparse": (_losparse, 1),
+    # every step selects, as in the last phase of a run
+    "losparse": (_pruned_by(lambda rank: ImportancePruner(KEEP, rank, interval=1)), 1),
     "mixed-rank": (_mixed_rank, 2),
 }
 

@@ -2,10 +2,10 @@
 
 By Taylor's first term |W dL/dW| is what the loss would change by if the weight were zero, and LPAF calls its criterion
 a sensitivity too (section 3.2). Movement (Eq. 4) sums the same products with their signs: what has moved away from
-zero. In a run of a thousand updates the signs are noise. The weights with the largest products then stand at both ends
-of the order, and half of them are the first to be cut; what their absolute values add up to is steady within a few
-dozen updates. Products of a row share its output gradient and products of a column its input, so that what is kept
-gathers in rows and columns, and the rank falls.
+zero. Where the signs are mostly noise, as in a run of a thousand updates, the weights with the largest products end up
+at both ends of that order, and some of them are the first to be cut; their absolute values add up. Products of a row
+share its output gradient and products of a column its input, so that what is kept gathers in rows and columns, and the
+rank falls (docs/results/low-rank.md).
 
 Scores follow the order of ``movement``: masks over weights that keep their value, straight-through gradients for the
 pruned ones too, so that they may return.
