@@ -304,12 +304,9 @@ class Compression:
 
     def compacted(self, model: nn.Module, dense: nn.Module) -> Factorized:
         """What pruning has left of every matrix of ``model``, and how far it is from that of ``dense``."""
-        before = encoder_linears(dense)
+        before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
         weights = {name: layer.weight.detach() for name, layer in encoder_linears(model).items()}
-        errors = {
-            name: float((before[name].weight.detach() - weight).norm() / before[name].weight.norm())
-            for name, weight in weights.items()
-        }
+        errors = {name: float((before[name] - weights[name]).norm() / before[name].norm()) for name in weights}
         return Factorized(errors, weights)
 
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
