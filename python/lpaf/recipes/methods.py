@@ -46,6 +46,8 @@ class Method:
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
         check_pruner_options(pruner, options)
+        if options.layer_wise and not self.distill:
+            raise InputError(f"--distill layer: --method {self.name} has no teacher; leave it out, or pass --method kd")
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"

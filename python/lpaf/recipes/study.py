@@ -56,8 +56,8 @@ from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
-from .methods import METHODS, get_method
-from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
+from .methods import METHODS, Method, get_method
+from .options import LAYER_WISE, PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .pruning import PRUNER_OPTIONS
 from .stages import stage_key
 from .workspace import BusyError, is_published, work_directory
@@ -115,17 +115,29 @@ class StudyFile:
 
     def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
         """The options of one run; those of its method go before ``[options]``, of which a method that does not prune
-        takes nothing about pruning."""
+        takes nothing about pruning, and one without a teacher nothing about distillation."""
         shared, own = self.options, self.methods[label]
-        if not _prunes(shared | own):
-            shared = {name: value for name, value in shared.items() if name not in PRUNER_OPTIONS}
+        unused = () if _prunes(shared | own) else PRUNER_OPTIONS
+        if not _is_taught(shared | own):
+            unused = (*unused, "distill", *LAYER_WISE)
+        shared = {name: value for name, value in shared.items() if name not in unused}
         return shared | own | dict(cell) | {"seed": seed} | tuned
 
 
 def _prunes(settings: Settings) -> bool:
     """Whether a run prunes; what is wrong with its options is found later."""
-    method = METHODS.get(str(settings.get("method", CompressOptions.method)))
+    method = _method(settings)
     return method is None or (method.pruner is not None and settings.get("prune", True) is not False)
+
+
+def _is_taught(settings: Settings) -> bool:
+    """Whether the dense model teaches in a run; what is wrong with its options is found later."""
+    method = _method(settings)
+    return method is None or method.distill
+
+
+def _method(settings: Settings) -> Method | None:
+    return METHODS.get(str(settings.get("method", CompressOptions.method)))
 
 
 def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFile:
