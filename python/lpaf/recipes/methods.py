@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..prune import PRUNERS
-from .options import CompressOptions
+from .options import LAYER_WISE, CompressOptions
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
 
@@ -60,6 +60,8 @@ class Method:
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
         check_pruner_options(pruner, options, self.low_rank_share)
+        if options.layer_wise and not self.distill:
+            raise InputError(f"--distill layer: --method {self.name} has no teacher; leave it out, or pass --method kd")
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
@@ -72,9 +74,10 @@ class Method:
         )
 
     def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """The options about pruning that mean nothing to a run of this method with ``settings``."""
+        """The options about pruning and the teacher that mean nothing to a run of this method with ``settings``."""
+        untaught = () if self.distill else ("distill", *LAYER_WISE)
         if self.pruner is None or settings.get("prune") is False:
-            return PRUNER_OPTIONS
+            return (*PRUNER_OPTIONS, *untaught)
         pruner = settings.get("pruner") or self.pruner
         if self.compact:
             pruner = self.pruner
@@ -88,7 +91,7 @@ class Method:
             idle += chosen
         if self.low_rank_share is not None and "low_rank_share" not in idle:
             idle.append("low_rank_share")
-        return tuple(idle)
+        return (*idle, *untaught)
 
 
 METHODS = {

@@ -114,7 +114,7 @@ class StudyFile:
 
     def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
         """The options of one run; those of its method go before ``[options]``, of which it takes nothing about pruning
-        that its pruner has no use for."""
+        or a teacher that it has no use for."""
         shared, own = self.options, self.methods[label]
         method = METHODS.get(str((shared | own).get("method", CompressOptions.method)))
         if method is not None:  # else what is wrong is found later
