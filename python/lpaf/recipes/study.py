@@ -51,14 +51,13 @@ import tomllib
 import lpaf_kernels
 
 from ..errors import InputError
-from ..models.count import check_size
 from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
-from .methods import METHODS, Method, get_method
-from .options import LAYER_WISE, PATH_OPTIONS, RUN_OPTIONS, CompressOptions
-from .pruning import PRUNER_OPTIONS
+from .methods import METHODS, get_method
+from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
+from .prepare import check_method_size
 from .stages import stage_key
 from .workspace import BusyError, is_published, work_directory
 
@@ -114,30 +113,14 @@ class StudyFile:
         return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
 
     def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
-        """The options of one run; those of its method go before ``[options]``, of which a method that does not prune
-        takes nothing about pruning, and one without a teacher nothing about distillation."""
+        """The options of one run; those of its method go before ``[options]``, of which it takes nothing about pruning
+        or a teacher that it has no use for."""
         shared, own = self.options, self.methods[label]
-        unused = () if _prunes(shared | own) else PRUNER_OPTIONS
-        if not _is_taught(shared | own):
-            unused = (*unused, "distill", *LAYER_WISE)
-        shared = {name: value for name, value in shared.items() if name not in unused}
+        method = METHODS.get(str((shared | own).get("method", CompressOptions.method)))
+        if method is not None:  # else what is wrong is found later
+            idle = method.idle(shared | own)
+            shared = {name: value for name, value in shared.items() if name not in idle}
         return shared | own | dict(cell) | {"seed": seed} | tuned
-
-
-def _prunes(settings: Settings) -> bool:
-    """Whether a run prunes; what is wrong with its options is found later."""
-    method = _method(settings)
-    return method is None or (method.pruner is not None and settings.get("prune", True) is not False)
-
-
-def _is_taught(settings: Settings) -> bool:
-    """Whether the dense model teaches in a run; what is wrong with its options is found later."""
-    method = _method(settings)
-    return method is None or method.distill
-
-
-def _method(settings: Settings) -> Method | None:
-    return METHODS.get(str(settings.get("method", CompressOptions.method)))
 
 
 def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFile:
@@ -253,9 +236,7 @@ def _options(settings: Settings, directory: Path, stages: Path, where: str) -> C
             raise InputError(f"{where}: {name} = {value!r}: expected {wanted}")
     try:
         options = CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
-        method = get_method(options.method).with_options(options)
-        if method.factorizer is not None:
-            check_size(options.rank, options.ratio, options.rank_error)
+        check_method_size(get_method(options.method).with_options(options), options)
         return options
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -276,7 +257,7 @@ class Run:
         """The run's folder: equal for runs that end with the same weights."""
         options = CompressOptions(**self.settings, output="unwritten")
         processes = process_place()[1]
-        idle = () if get_method(options.method).with_options(options).pruner else PRUNER_OPTIONS
+        idle = get_method(options.method).idle(options.to_dict())
         decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS, *idle)) | {
             "weights": weights_fingerprint(options.model),
             "data": files_fingerprint(options),
