@@ -395,7 +395,7 @@ class Compression:
 
         def finish() -> dict[str, Any]:
             report, analysis = run_record(
-                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, others
+                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, scores, others
             )
             self.publish(model, report, analysis)
             return report

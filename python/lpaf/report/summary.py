@@ -217,6 +217,14 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
     return rows
 
 
+def whole_rank(entry: Mapping[str, Any]) -> int | None:
+    """The rank of a compressed matrix U V + S: that of U V (``compressed``) and one more for each kept neuron, at most
+    full rank; None where nothing was compressed."""
+    if not is_number(entry["compressed"]):
+        return None
+    return min(int(entry["compressed"]) + int(entry["kept"] or 0), *entry["shape"])
+
+
 def rank_spread(per_matrix: Mapping[str, Any]) -> tuple[int, float, int] | None:
     """(smallest, median, largest) rank of the compressed matrices, or None when there are none."""
     ranks = [entry["compressed"] for entry in per_matrix.values() if is_number(entry["compressed"])]
