@@ -33,6 +33,7 @@ from ..factorize import (
 )
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.t5 import leave_out_casts
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
 from ..processes import from_main, is_main, process_place, say
@@ -305,6 +306,7 @@ class Compression:
         method = self.prepared.method
         with self.findings.timed("factorize"):
             factorized = FACTORIZERS[method.factorizer](rank=rank, weighting=method.weighting)(model, scores)
+        leave_out_casts(model)
         self.evaluate(stage, model)
         return factorized
 
