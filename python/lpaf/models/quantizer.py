@@ -23,6 +23,7 @@ from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, swap_line
 
 from ..errors import InputError
 from .conv1d import features, use_linears
+from .t5 import leave_out_casts
 from .targets import encoder_linears
 
 QUANT_METHOD = "lpaf"
@@ -122,12 +123,14 @@ class CompressionQuantizer(HfQuantizer):
                     dtype=linear.weight.dtype,
                 ),
             )
+        leave_out_casts(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if not self.pre_quantized:
             config = self.quantization_config
             use_linears(model)
             swap_linears(model, rank=config.rank, keep=config.keep, names=list(encoder_linears(model)))
+            leave_out_casts(model)
             self.quantization_config = compression_config(model, method="svd")
             model.config.quantization_config = self.quantization_config
             self.pre_quantized = True

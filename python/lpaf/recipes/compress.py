@@ -33,6 +33,7 @@ from ..factorize import (
 )
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.t5 import leave_out_casts
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
 from ..processes import from_main, is_main, process_place, say
@@ -256,6 +257,7 @@ class Compression:
             if pruner.looks_back:
                 pruner.look_around(Surroundings(self.pretrained, dense, train_set, self.prepared.tokenizer))
             pruner.attach(model)
+            leave_out_casts(model)
             for number in range(1, pruner.rounds + 1):
                 masks = self.once(f"round-{number}", partial(self.round, pruner, number, model, train_set))
                 pruner.next_round(model, masks)
@@ -274,6 +276,7 @@ class Compression:
         state = self.once("prune", work)
         scores = _taken(state, "scores")
         pruner.rebuild(model, state)
+        leave_out_casts(model)
         model.load_state_dict(state)
         return scores
 
@@ -322,6 +325,7 @@ class Compression:
         method = self.prepared.method
         with self.findings.timed("factorize"):
             factorized = FACTORIZERS[method.factorizer](rank=ranks, weighting=method.weighting)(model, scores)
+        leave_out_casts(model)
         self.evaluate(stage, model)
         return factorized
 
