@@ -50,14 +50,16 @@ class LowRankPlusSparseLinear(nn.Module):
 
         Args:
             linear: its bias parameter is shared, not copied.
-            rank: 1 to min(in, out).
+            rank: 0, S alone, to min(in, out).
             factors: (A [out, rank], B [rank, in]) with A B = V^T U^T. Default: the truncated SVD with the roots of
                 the singular values on both sides, as the paper has it. Copied.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight.detach()
-        if factors is None:
+        if rank == 0:
+            factors = weight.new_empty(linear.out_features, 0), weight.new_empty(0, linear.in_features)
+        elif factors is None:
             a, b = weighted_svd(weight, rank)
             roots = a.norm(dim=0).sqrt()
             safe = torch.where(roots > 0, roots, 1.0)

@@ -73,5 +73,5 @@ def test_run_and_reload_without_lpaf(method, tiny_options, tiny_data):
 
 
 def test_rank_is_refused(tiny_options):
-    with pytest.raises(InputError, match="--method kd: leaves layers out; pass --ratio R"):
+    with pytest.raises(InputError, match="--method kd: its size is a share, of layers or of weights; pass --ratio R"):
         compress(CompressOptions(**tiny_options | {"method": "kd"}))

@@ -11,6 +11,8 @@ A recipe drives a pruner in this order:
 4. ``detach(model)`` zeroes what is pruned, puts final layers in, and returns the scores by which the factorisation may
    weight the rows: name -> [out, in] (or [out]) float32.
 
+``rebuild(model, state)`` gives a dense model the layers that ``detach`` left, for a run that finds them finished.
+
 State between steps lives in parameters and buffers of the model, so that checkpoints hold it. :class:`Pruner` has the
 attributes' defaults.
 """
@@ -20,6 +22,7 @@ from .importance import ImportancePruner
 from .lottery_ticket import LotteryTicketPruner
 from .magnitude import GradualMagnitudePruner, MagnitudePruner
 from .movement import HardMovementPruner, MovementPruner
+from .neuron_movement import NeuronMovementPruner
 from .pruner import Pruner, Surroundings
 from .schedule import CubicSchedule
 from .sensitivity import SensitivityPruner
@@ -36,6 +39,7 @@ PRUNERS = {
     "gradual-magnitude": GradualMagnitudePruner,
     "lottery-ticket": LotteryTicketPruner,
     "importance": ImportancePruner,
+    "neuron-movement": NeuronMovementPruner,
 }
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "LotteryTicketPruner",
     "MagnitudePruner",
     "MovementPruner",
+    "NeuronMovementPruner",
     "Pruner",
     "SensitivityPruner",
     "SoftMovementPruner",

@@ -8,7 +8,7 @@ the rows below the threshold are zeroed; they keep training, so they may return.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -23,9 +23,11 @@ from lpaf_kernels import (
 )
 
 from ..factorize.svd import balance
+from ..models.neurons import compact_like
 from ..models.targets import encoder_linears
+from .neurons import select_neurons
 from .pruner import Pruner
-from .schedule import CubicSchedule, check_scope, refuse_nan, select
+from .schedule import CubicSchedule, check_scope, refuse_nan
 
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, LowRankPlusSparseLinear]]:
@@ -37,9 +39,11 @@ class ImportancePruner(Pruner):
     """Keeps the most important neurons of S beside a low-rank part.
 
     Args:
-        keep: final share of the entries of all S that stay, in (0, 1].
-        rank: rank of U V in every matrix.
-        scope: "global" ranks the neurons of all matrices together, each counting once per input; "matrix" within each.
+        keep: final share of what all rows of S would store, indices counted, in [0, 1].
+        rank: rank of U V in every matrix, or matrix name -> rank; 0 leaves S alone, which is iterative structured
+            pruning (ITP, the paper's baseline).
+        scope: "global" ranks the neurons of all matrices together, each counting by what its row stores; "matrix"
+            within each.
         warmup, cooldown: see :class:`CubicSchedule`.
         beta1: decay of the moving average.
         interval: steps between selections before the cool-down.
@@ -47,10 +51,12 @@ class ImportancePruner(Pruner):
             keeps two numbers per weight. Default: None, importance alone.
     """
 
+    budgeted = True
+
     def __init__(
         self,
         keep: float,
-        rank: int,
+        rank: int | Mapping[str, int],
         scope: str = "global",
         warmup: float = 0.1,
         cooldown: float = 0.3,
@@ -59,8 +65,8 @@ class ImportancePruner(Pruner):
         beta2: float | None = None,
     ) -> None:
         check_scope(scope)
-        if rank < 1:
-            raise ValueError(f"rank: must be at least 1, got {rank}")
+        if min(rank.values() if isinstance(rank, Mapping) else [rank]) < 0:
+            raise ValueError(f"rank: must be 0 or more, got {rank}")
         if interval < 1:
             raise ValueError(f"interval: must be at least 1, got {interval}")
         for name, value in (("beta1", beta1), ("beta2", beta2)):
@@ -73,9 +79,15 @@ class ImportancePruner(Pruner):
     def attach(self, model: nn.Module) -> None:
         """Replace every encoder linear of ``model`` by U V + S, the same function."""
         linears = encoder_linears(model)
-        products = weighted_svd([linear.weight.detach() for linear in linears.values()], self.rank)
-        for (name, linear), a, b in zip(linears.items(), *products, strict=True):
-            module = LowRankPlusSparseLinear.from_linear(linear, self.rank, balance(a, b))
+        ranks = self.rank if isinstance(self.rank, Mapping) else dict.fromkeys(linears, self.rank)
+        factored = [name for name in linears if ranks[name]]
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if factored:
+            weights = [linears[name].weight.detach() for name in factored]
+            products = weighted_svd(weights, [ranks[name] for name in factored])
+            factors = {name: balance(a, b) for name, a, b in zip(factored, *products, strict=True)}
+        for name, linear in linears.items():
+            module = LowRankPlusSparseLinear.from_linear(linear, ranks[name], factors.get(name))
             # Buffers, so that checkpoints hold them.
             module.register_buffer("importance", linear.weight.new_zeros(linear.out_features, dtype=torch.float32))
             if self.beta2 is not None:
@@ -98,10 +110,12 @@ class ImportancePruner(Pruner):
 
     def zero_rows(self, model: nn.Module, keep: float) -> None:
         """Zero the rows of S outside the most important ``keep`` share."""
-        modules = [module for _, module in sparse_linears(model)]
-        weights, states = [module.sparse for module in modules], [module.importance for module in modules]
-        counts = [torch.full_like(state, weight.shape[1], dtype=torch.int64) for state, weight in zip(states, weights)]
-        zero_pruned_(weights, select(states, keep, self.scope, counts), states)
+        modules = dict(sparse_linears(model))
+        importance = {name: module.importance for name, module in modules.items()}
+        shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+        thresholds = select_neurons(importance, shapes, keep, self.scope)
+        weights = [module.sparse for module in modules.values()]
+        zero_pruned_(weights, list(thresholds.values()), list(importance.values()))
 
     def callback(self, steps: int) -> ImportanceCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
@@ -116,6 +130,9 @@ class ImportancePruner(Pruner):
             importance[name] = module.importance.clone()
             model.set_submodule(name, module.to_lowrank_sparse())
         return importance
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        compact_like(model, state)
 
 
 class ImportanceCallback(TrainerCallback):

@@ -16,7 +16,7 @@ from lpaf_kernels import KeepThreshold, set_thresholds
 from .magnitude import mask_smallest, unmask
 from .masks import add_masks, kept_share, masked_linears, refuse_nan_thresholds
 from .pruner import Pruner, Surroundings
-from .schedule import CubicSchedule, check_scope, refuse_nan
+from .schedule import check_keep, check_scope, refuse_nan
 
 
 class LotteryTicketPruner(Pruner):
@@ -34,7 +34,7 @@ class LotteryTicketPruner(Pruner):
         check_scope(scope)
         if rounds < 1:
             raise ValueError(f"rounds: must be at least 1, got {rounds}")
-        CubicSchedule(keep, 1)
+        check_keep(keep)
         self.keep, self.scope, self.rounds = keep, scope, rounds
 
     def look_around(self, surroundings: Surroundings) -> None:

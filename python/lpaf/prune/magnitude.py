@@ -11,7 +11,7 @@ from lpaf_kernels import set_thresholds, zero_pruned_
 from ..models.targets import encoder_linears
 from .masks import add_masks, kept_share, masked_linears, remove_masks
 from .pruner import Pruner
-from .schedule import CubicSchedule, check_scope, refuse_nan, select
+from .schedule import CubicSchedule, check_keep, check_scope, refuse_nan, select
 
 
 class MagnitudePruner(Pruner):
@@ -26,7 +26,7 @@ class MagnitudePruner(Pruner):
 
     def __init__(self, keep: float, scope: str = "matrix") -> None:
         check_scope(scope)
-        CubicSchedule(keep, 1)
+        check_keep(keep)
         self.keep, self.scope = keep, scope
 
     def attach(self, model: nn.Module) -> None:
@@ -82,6 +82,7 @@ class GradualMagnitudePruner(Pruner):
         check_scope(scope)
         if interval < 1:
             raise ValueError(f"interval: must be at least 1, got {interval}")
+        check_keep(keep)
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.scope, self.warmup, self.cooldown, self.interval = keep, scope, warmup, cooldown, interval
 

@@ -21,7 +21,7 @@ from lpaf_kernels import accumulate_movement_, set_thresholds, zero_pruned_
 from ..models.targets import encoder_linears
 from .masks import add_masks, masked_linears, refuse_nan_thresholds, remove_masks
 from .pruner import Pruner
-from .schedule import CubicSchedule, check_scope, refuse_nan, select
+from .schedule import CubicSchedule, check_keep, check_scope, refuse_nan, select
 
 
 class MovementPruner(Pruner):
@@ -42,6 +42,7 @@ class MovementPruner(Pruner):
         if score_init < 0:
             raise ValueError(f"score_init: must be 0 or more, got {score_init}")
         check_scope(scope)
+        check_keep(keep)
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
         self.score_init = score_init
@@ -96,6 +97,7 @@ class HardMovementPruner(Pruner):
 
     def __init__(self, keep: float, scope: str = "matrix", warmup: float = 0.1, cooldown: float = 0.3) -> None:
         check_scope(scope)
+        check_keep(keep)
         CubicSchedule(keep, 1, warmup, cooldown)
         self.keep, self.scope, self.warmup, self.cooldown = keep, scope, warmup, cooldown
 

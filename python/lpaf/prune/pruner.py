@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Pruner:
         trains: False prunes in :meth:`detach` alone; there is no callback then.
         learned_scores: an optimizer moves the scores, at a rate of their own.
         looks_back: needs :meth:`look_around` before it is attached.
+        budgeted: what it keeps and at which rank follow from ``--ratio``, the share of the weights that is stored.
         distill: the weight of logit distillation that belongs to the method, whatever the recipe's.
         rounds: training stages before the last one. Each ends with ``end_round(model, number)``, number from 1, which
             returns tensors; the next begins with ``next_round(model, tensors)``, in a resumed run perhaps with those
@@ -43,5 +45,10 @@ class Pruner:
     trains: bool = True
     learned_scores: bool = False
     looks_back: bool = False
+    budgeted: bool = False
     distill: float | None = None
     rounds: int = 0
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Give a dense ``model`` the layers that :meth:`detach` leaves, as the tensors of the state dict ``state`` have
+        them, before it is loaded. Default: they are dense still."""

@@ -12,6 +12,12 @@ from lpaf_kernels import KeepThreshold, keep_threshold
 from ..errors import TrainingDivergedError
 
 
+def check_keep(keep: float) -> None:
+    """ValueError unless ``keep`` is a share of weights that leaves some."""
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep: must be in (0, 1], got {keep}")
+
+
 def check_scope(scope: str) -> None:
     """ValueError unless ``scope`` says where scores are ranked."""
     if scope not in ("matrix", "global"):
@@ -49,7 +55,7 @@ class CubicSchedule:
     v_t = v_i for t < t_i; v_f + (v_i - v_f) ((T - t_f - t) / (T - t_f - t_i))^3 for t_i <= t < T - t_f; v_f afterwards.
 
     Args:
-        keep: final share v_f in (0, 1].
+        keep: final share v_f in [0, 1].
         steps: total steps T.
         warmup: share of the steps before pruning starts (t_i / T).
         cooldown: share of the steps at the final share (t_f / T).
@@ -66,8 +72,8 @@ class CubicSchedule:
     start: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"keep: must be in (0, 1], got {self.keep}")
+        if not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"keep: must be in [0, 1], got {self.keep}")
         if self.steps < 1:
             raise ValueError(f"steps: must be at least 1, got {self.steps}")
         for name in ("warmup", "cooldown"):
@@ -75,7 +81,7 @@ class CubicSchedule:
                 raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
         if self.warmup + self.cooldown >= 1.0:
             raise ValueError(
-                f"warmup + cooldown: {self.warmup} + {self.cooldown} leaves no step to prune in; "
+                f"warmup + cooldown: {self.warmup} + {self.cooldown} leaves no step to prune in (T - t_f <= t_i); "
                 "their sum must be below 1"
             )
 

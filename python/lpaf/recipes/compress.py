@@ -174,6 +174,8 @@ class Compression:
         }
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
+            if self.prepared.neurons is not None:
+                settings |= {"ranks": self.prepared.neurons.ranks, "keep": self.prepared.neurons.keep}
         return stage_key(settings)
 
     # stages ---------------------------------------------------------------------------------------------------------
@@ -218,9 +220,9 @@ class Compression:
         """Prune ``model`` in place; returns the scores, or None for methods without a pruner."""
         if self.prepared.method.pruner is None:
             return None
+        pruner = make_pruner(self.prepared.method.pruner, self.options, self.prepared.neurons)
 
         def work() -> Tensors:
-            pruner = make_pruner(self.prepared.method.pruner, self.options)
             if pruner.looks_back:
                 pruner.look_around(Surroundings(self.pretrained, dense, train_set, self.prepared.tokenizer))
             pruner.attach(model)
@@ -230,14 +232,18 @@ class Compression:
             if pruner.trains:
                 self.train_pruned("prune", pruner, model, train_set)
             scores = pruner.detach(model)
-            weights = [linear.weight for linear in encoder_linears(model).values()]
-            kept = int(sparsity_statistics(weights)[:, 0].sum()) / sum(weight.numel() for weight in weights)
+            if self.prepared.method.compact:
+                kept = encoder_params(model) / encoder_params(dense)
+            else:
+                weights = [linear.weight for linear in encoder_linears(model).values()]
+                kept = int(sparsity_statistics(weights)[:, 0].sum()) / sum(weight.numel() for weight in weights)
             say(f"pruned: {kept:.1%} of the encoder's weights are kept")
             self.evaluate("pruned", model)
             return _cloned_state(model) | _prefixed("scores", scores)
 
         state = self.once("prune", work)
         scores = _taken(state, "scores")
+        pruner.rebuild(model, state)
         model.load_state_dict(state)
         return scores
 
@@ -257,6 +263,8 @@ class Compression:
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
         prepared, shapes = self.prepared, matrix_shapes(model)
+        if prepared.ranks is not None:
+            return prepared.ranks
         if prepared.rank is not None:
             return dict.fromkeys(shapes, prepared.rank)
         with self.findings.timed("factorize"):
@@ -277,22 +285,32 @@ class Compression:
         self,
         model: nn.Module,
         scores: dict[str, torch.Tensor] | None,
-        rank: int | Mapping[str, int],
-        stage: str = "factorized",
+        ranks: Mapping[str, int],
+        stage: str,
     ) -> Factorized:
-        """Replace the encoder linears of ``model`` by factors of ``rank``, in place."""
+        """Replace the encoder linears of ``model`` by factors of ``ranks``, in place."""
         method = self.prepared.method
         with self.findings.timed("factorize"):
-            factorized = FACTORIZERS[method.factorizer](rank=rank, weighting=method.weighting)(model, scores)
+            factorized = FACTORIZERS[method.factorizer](rank=ranks, weighting=method.weighting)(model, scores)
         self.evaluate(stage, model)
         return factorized
 
-    def truncate(self, model: nn.Module, stage: str) -> tuple[nn.Module, Factorized]:
+    def truncate(self, model: nn.Module) -> tuple[nn.Module, Factorized]:
         """The first layers of ``model``, in whose matrices there is no error."""
         student = truncate(model, self.prepared.layers)
         weights = {name: linear.weight.detach().clone() for name, linear in encoder_linears(student).items()}
-        self.evaluate(stage, student)
+        self.evaluate("factorized", student)
         return student, Factorized(dict.fromkeys(weights, 0.0), weights)
+
+    def compacted(self, model: nn.Module, dense: nn.Module) -> Factorized:
+        """What pruning has left of every matrix of ``model``, and how far it is from that of ``dense``."""
+        before = encoder_linears(dense)
+        weights = {name: layer.weight.detach() for name, layer in encoder_linears(model).items()}
+        errors = {
+            name: float((before[name].weight.detach() - weight).norm() / before[name].weight.norm())
+            for name, weight in weights.items()
+        }
+        return Factorized(errors, weights)
 
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
         """Retrain the factorised ``model`` in place."""
@@ -332,15 +350,18 @@ class Compression:
         if self.prepared.method.pruner and self.options.prune_from == "pretrained":
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
-        ranks = None
-        if self.prepared.layers is None:
+        if self.prepared.method.compact:
+            model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set)
+        elif self.prepared.layers is not None:
+            model, factorized = self.retrained(*self.truncate(sparse), train_set)
+        else:
             ranks = self.ranks(sparse, scores)
             if self.mixed_rank_p is None:
                 ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
                 self.mixed_rank_p = default_mixed_rank_p(ratio)
-        model, factorized = self.shrink(sparse, scores, train_set, ranks)
+            model, factorized = self.shrink(sparse, scores, train_set, ranks)
         others = {
-            name: self.shrink(sparse, scores, train_set, rank, suffix=f"-{name}")[0]
+            name: self.shrink(sparse, scores, train_set, dict.fromkeys(matrix_shapes(sparse), rank), f"-{name}")[0]
             for name, rank in (controls or {}).items()
         }
 
@@ -358,16 +379,18 @@ class Compression:
         sparse: nn.Module,
         scores: dict[str, torch.Tensor] | None,
         train_set: Dataset,
-        rank: int | Mapping[str, int] | None,
+        ranks: Mapping[str, int],
         suffix: str = "",
     ) -> tuple[nn.Module, Factorized]:
-        """Factorise a copy of ``sparse`` at ``rank``, or leave out layers of it (None), and retrain it; ``suffix``
-        tells its records apart."""
-        if rank is None:
-            model, factorized = self.truncate(sparse, stage=f"factorized{suffix}")
-        else:
-            model = copy.deepcopy(sparse)
-            factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
+        """Factorise a copy of ``sparse`` and retrain it; ``suffix`` tells its records apart."""
+        model = copy.deepcopy(sparse)
+        factorized = self.factorize(model, scores, ranks, stage=f"factorized{suffix}")
+        return self.retrained(model, factorized, train_set, suffix)
+
+    def retrained(
+        self, model: nn.Module, factorized: Factorized, train_set: Dataset, suffix: str = ""
+    ) -> tuple[nn.Module, Factorized]:
+        """``model`` as it is after retraining, in eval mode, and ``factorized``."""
         self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
         self.evaluate(f"compressed{suffix}", model)
         return model.eval(), factorized

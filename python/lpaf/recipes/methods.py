@@ -17,7 +17,11 @@ class Method:
         name: its name on the command line.
         summary: one line for ``lpaf compress --help``.
         pruner: name in ``lpaf.prune.PRUNERS``, or None.
-        factorizer: name in ``lpaf.factorize.FACTORIZERS``; None leaves layers out instead.
+        factorizer: name in ``lpaf.factorize.FACTORIZERS``; None leaves layers out instead, unless ``compact``.
+        compact: whether the pruner leaves the final layers behind, so that nothing is factorised.
+        proportional: whether ``--ratio`` gives every matrix ranks in proportion to its size, instead of one rank.
+        low_rank_share: share of the weights for U V: None takes that of ``--low-rank-share``, 0 leaves U V out, 1
+            gives it all of ``--ratio``. For a pruner that takes it.
         weighting: row weights of the factoriser: "none", "mask" or "scores".
         retrainer: name in ``lpaf.retrain.RETRAINERS``.
         consistency: whether retraining compares two passes.
@@ -28,6 +32,9 @@ class Method:
     summary: str
     pruner: str | None
     factorizer: str | None
+    compact: bool = False
+    proportional: bool = False
+    low_rank_share: float | None = None
     weighting: str = "none"
     retrainer: str = "plain"
     consistency: bool = False
@@ -35,6 +42,10 @@ class Method:
 
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the pruner that ``options`` name and without the steps that they switch off."""
+        if self.compact:
+            for name, given in (("--no-prune", not options.prune), ("--pruner", options.pruner is not None)):
+                if given:
+                    raise InputError(f"{name}: --method {self.name} makes the model smaller by its own pruning")
         pruner = self.pruner if options.prune else None
         if options.pruner is not None:
             if pruner is None:
@@ -42,10 +53,10 @@ class Method:
                 raise InputError(f"--pruner {options.pruner}: {without} does not prune")
             pruner = options.pruner
         if options.hard_pruning:
-            if pruner is None:
+            if pruner is None or self.compact:
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
-        check_pruner_options(pruner, options)
+        check_pruner_options(pruner, options, self.low_rank_share)
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
@@ -75,6 +86,44 @@ METHODS = {
             "truncated SVD of the fine-tuned model, then as many updates of retraining (Ben Noach and Goldberg, 2020)",
             pruner=None,
             factorizer="svd",
+        ),
+        Method(
+            "losparse",
+            "W = U V + S, the neurons of S pruned by importance (Li et al., 2023)",
+            pruner="importance",
+            factorizer=None,
+            compact=True,
+        ),
+        Method(
+            "itp",
+            "iterative structured pruning: losparse without U V",
+            pruner="importance",
+            factorizer=None,
+            compact=True,
+            low_rank_share=0.0,
+        ),
+        Method(
+            "movement-structured",
+            "neurons pruned by their movement (Sanh et al., 2020)",
+            pruner="neuron-movement",
+            factorizer=None,
+            compact=True,
+            low_rank_share=0.0,
+        ),
+        Method(
+            "low-rank-1",
+            "U V alone from the start, at a share of every matrix (LoSparse's Low-rank I)",
+            pruner=None,
+            factorizer="svd",
+            proportional=True,
+        ),
+        Method(
+            "low-rank-2",
+            "U V + S with S pruned to nothing (LoSparse's Low-rank II)",
+            pruner="importance",
+            factorizer=None,
+            compact=True,
+            low_rank_share=1.0,
         ),
         Method(
             "truncate",

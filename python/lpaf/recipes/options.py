@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..factorize import WEIGHTINGS
 from ..models.count import AUTO
+from ..models.neurons import LOW_RANK_SHARE
 
 #: values of --pruner: names in lpaf.prune.PRUNERS
 PRUNER_CHOICES = ("sensitivity", "movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
@@ -37,7 +38,7 @@ class CompressOptions:
         "what",
     )
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
-    method: str = option("lpaf", "compression method: lpaf, or svd (fine-tuned truncated SVD, same updates)", "what")
+    method: str = option("lpaf", "compression method", "what")
     save_dense: str | None = option(None, "also save the fine-tuned dense model here", "what", metavar="DIR")
     rank: int | str | None = option(
         None,
@@ -110,7 +111,26 @@ class CompressOptions:
     seed: int = option(0, "seed of data order, dropout, draws and new heads", "training", metavar="N")
 
     keep: float = option(0.5, "share of weights that pruning keeps", "method", metavar="V")
-    scope: str = option("matrix", "where pruning ranks its scores", "method", choices=("matrix", "global"))
+    scope: str | None = option(
+        None,
+        "where pruning ranks its scores (default: matrix; for neurons global)",
+        "method",
+        choices=("matrix", "global"),
+    )
+    low_rank_share: float | None = option(
+        None,
+        f"losparse: share of the encoder weights that U V gets (default: {LOW_RANK_SHARE:g}, at most half of --ratio); "
+        "the rows of S get the rest of --ratio",
+        "method",
+        metavar="P",
+    )
+    uncertainty: float | None = option(
+        None,
+        "losparse, itp, low-rank-2: multiply importance by its uncertainty, a moving average with this decay, as "
+        "PLATON does, such as 0.95 (default: importance alone)",
+        "method",
+        metavar="B",
+    )
     pruner: str | None = option(
         None,
         "how --method lpaf prunes: sensitivity (default: |W dL/dW| added up), movement (the papers' scores, for "
@@ -138,7 +158,9 @@ class CompressOptions:
         100.0, "soft-movement: weight of the mean sigmoid(score); more prunes more", "method", metavar="X"
     )
     contrastive: float = option(0.1, "cap: weight of each contrastive loss", "method", metavar="X")
-    prune_interval: int = option(10, "gradual-magnitude: updates between selections", "method", metavar="N")
+    prune_interval: int = option(
+        10, "updates between the selections of gradual-magnitude, and of neurons", "method", metavar="N"
+    )
     rounds: int = option(
         3, "lottery-ticket prunes and rewinds N times, and trains --prune-epochs N + 1 times", "method", metavar="N"
     )
@@ -210,13 +232,18 @@ class CompressOptions:
             for field in dataclasses.fields(self):
                 if field.name in ("score_init", "score_lr") and getattr(self, field.name) != field.default:
                     raise InputError(f"{flag(field.name)}: is for learned scores, which --hard-pruning does not have")
+        for name in ("low_rank_share", "uncertainty"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < 1.0:
+                raise InputError(f"{flag(name)} {value:g}: must be in (0, 1)")
         for name in ("prune_warmup", "prune_cooldown"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{flag(name)} {getattr(self, name):g}: must be in [0, 1)")
         if self.prune_warmup + self.prune_cooldown >= 1.0:
             raise InputError(
                 f"--prune-warmup {self.prune_warmup:g} and --prune-cooldown {self.prune_cooldown:g}: leave no update "
-                "to prune in; their sum must be below 1"
+                f"to prune in (of T updates, T - t_f = {1 - self.prune_cooldown:g} T is not after t_i = "
+                f"{self.prune_warmup:g} T); their sum must be below 1"
             )
         for field in dataclasses.fields(self):
             choices = field.metadata.get("choices")
@@ -272,6 +299,8 @@ PRUNE_OPTIONS = (
     "temperature",
     "keep",
     "scope",
+    "low_rank_share",
+    "uncertainty",
     "pruner",
     "prune_from",
     "score_init",

@@ -15,12 +15,14 @@ from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
+from ..models.neurons import NeuronBudget, low_rank_ranks
 from ..models.positions import resolve_length
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
 from .methods import Method, get_method
 from .options import CompressOptions, answer_fields
+from .pruning import budget_of
 from .workspace import check_output, is_published
 
 #: ends of the names of architectures that look back only
@@ -32,7 +34,8 @@ class Prepared:
     """A validated run: nothing has been written yet.
 
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
-    they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps.
+    they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
+    ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
     """
 
     options: CompressOptions
@@ -44,7 +47,9 @@ class Prepared:
     model: nn.Module
     rank: int | None
     budget: int | None
+    ranks: dict[str, int] | None
     layers: int | None
+    neurons: NeuronBudget | None
     finetune_epochs: float
     device: str
 
@@ -77,7 +82,7 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
         )
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
-    check_size(options.rank, options.ratio, options.rank_error)
+    check_method_size(method, options)
     output = Path(options.output)
     check_output(output, options.overwrite or (options.resume and is_published(output)))
     if options.save_dense is not None:
@@ -86,6 +91,16 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
     if options.stages is not None:
         check_output(Path(options.stages), overwrite=True, flag="--stages")
     return method, device
+
+
+def check_method_size(method: Method, options: CompressOptions) -> None:
+    """InputError unless the one size that is asked for is of a kind that the method knows."""
+    check_size(options.rank, options.ratio, options.rank_error)
+    by_ratio = method.factorizer is None or method.proportional
+    if by_ratio and (options.ratio is None or options.rank is not None):
+        raise InputError(
+            f"--method {method.name}: its size is a share, of layers or of weights; pass --ratio R, the share to keep"
+        )
 
 
 def load(options: CompressOptions, method: Method, device: str) -> Prepared:
@@ -113,11 +128,13 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         data = in_order_of_head(data, config, options)
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
-    rank = budget = layers = None
-    if method.factorizer is None:
-        if options.ratio is None or options.rank is not None:
-            raise InputError(f"--method {method.name}: leaves layers out; pass --ratio R, the share of them to keep")
+    rank = budget = ranks = layers = neurons = None
+    if method.compact:
+        neurons = budget_of(shapes, options, method.low_rank_share)
+    elif method.factorizer is None:
         layers = layers_for_ratio(model, options.ratio)
+    elif method.proportional:
+        ranks = low_rank_ranks(shapes, options.ratio)
     elif options.rank == AUTO:
         budget = resolve_budget(shapes, options.ratio, options.force)
     elif options.rank_error is None:
@@ -141,7 +158,9 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         model=model,
         rank=rank,
         budget=budget,
+        ranks=ranks,
         layers=layers,
+        neurons=neurons,
         finetune_epochs=epochs,
         device=device,
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..models.count import Shape
+from ..models.neurons import NeuronBudget, default_low_rank_share, neuron_budget
 from ..prune import PRUNERS, Pruner
 from .options import PRUNER_CHOICES, CompressOptions, flag
 
@@ -22,6 +25,8 @@ ARGUMENTS = {
     "contrastive": "contrastive",
     "prune_interval": "interval",
     "rounds": "rounds",
+    "low_rank_share": "rank",
+    "uncertainty": "beta2",
 }
 #: field of CompressOptions -> attribute of the pruners that have a use for it
 TRAINING = {"prune_lr": "trains", "prune_from": "trains", "score_lr": "learned_scores"}
@@ -45,23 +50,51 @@ def takes(pruner: str, field: str) -> bool:
     cls = PRUNERS[pruner]
     if field in TRAINING:
         return getattr(cls, TRAINING[field])
+    if field == "keep" and cls.budgeted:
+        return False
     return ARGUMENTS[field] in inspect.signature(cls).parameters
 
 
-def check_pruner_options(pruner: str | None, options: CompressOptions) -> None:
-    """InputError for an option that ``pruner`` would ignore. Without a pruner, only those of one kind are refused."""
+def check_pruner_options(pruner: str | None, options: CompressOptions, low_rank_share: float | None = None) -> None:
+    """InputError for an option that ``pruner`` would ignore. Without a pruner, only those of one kind are refused.
+
+    Args:
+        low_rank_share: the share that the method fixes.
+    """
+    if options.low_rank_share is not None and low_rank_share is not None:
+        raise InputError(f"--low-rank-share: is for --method losparse; --method {options.method} fixes it")
     for field in dataclasses.fields(options):
         if field.name not in (*ARGUMENTS, *TRAINING) or getattr(options, field.name) == field.default:
             continue
         takers = [name for name in PRUNER_CHOICES if takes(name, field.name)]
         if takes(pruner, field.name) if pruner else "movement" in takers:
             continue
-        instead = f"{pruner} would ignore it" if pruner else f"--method {options.method} does not prune that way"
-        raise InputError(f"{flag(field.name)}: is for --pruner {', '.join(takers)}; {instead}")
+        by_method = pruner is None or PRUNERS[pruner].budgeted
+        instead = f"--method {options.method} does not prune that way" if by_method else f"{pruner} would ignore it"
+        meant = f"--pruner {', '.join(takers)}" if takers else "--method losparse"
+        raise InputError(f"{flag(field.name)}: is for {meant}; {instead}")
 
 
-def make_pruner(name: str, options: CompressOptions) -> Pruner:
-    """The pruner called ``name`` with what it takes of ``options``."""
+def budget_of(shapes: Mapping[str, Shape], options: CompressOptions, low_rank_share: float | None) -> NeuronBudget:
+    """What ``--ratio`` buys a pruner of neurons, or InputError; ``low_rank_share`` is that of the method."""
+    if low_rank_share is not None:
+        share = low_rank_share * options.ratio
+    elif options.low_rank_share is not None:
+        share = options.low_rank_share
+    else:
+        share = default_low_rank_share(options.ratio)
+    return neuron_budget(shapes, options.ratio, share)
+
+
+def make_pruner(name: str, options: CompressOptions, budget: NeuronBudget | None = None) -> Pruner:
+    """The pruner called ``name`` with what it takes of ``options``; a budgeted one gets its size from ``budget``."""
     given = options.to_dict() | {"score_init": score_init(name, options)}
-    arguments: dict[str, Any] = {argument: given[field] for field, argument in ARGUMENTS.items() if takes(name, field)}
+    if budget is not None:
+        given |= {"keep": budget.keep, "low_rank_share": budget.ranks}
+    parameters = inspect.signature(PRUNERS[name]).parameters
+    arguments: dict[str, Any] = {
+        argument: given[field]
+        for field, argument in ARGUMENTS.items()
+        if argument in parameters and given[field] is not None
+    }
     return PRUNERS[name](**arguments)

@@ -153,6 +153,7 @@ def run_record(
         | {
             "rank": options.rank if prepared.rank is None else prepared.rank,
             "pruner": pruner,
+            "low_rank_share": prepared.neurons.low_rank_share if prepared.neurons else None,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
             "mixed_rank_p": mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,

@@ -51,13 +51,13 @@ import tomllib
 import lpaf_kernels
 
 from ..errors import InputError
-from ..models.count import check_size
 from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
 from .methods import METHODS, get_method
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
+from .prepare import check_method_size
 from .pruning import PRUNER_OPTIONS
 from .stages import stage_key
 from .workspace import BusyError, is_published, work_directory
@@ -241,9 +241,7 @@ def _options(settings: Settings, directory: Path, stages: Path, where: str) -> C
             raise InputError(f"{where}: {name} = {value!r}: expected {wanted}")
     try:
         options = CompressOptions(**settings, output=str(directory), stages=str(stages), resume=True)
-        method = get_method(options.method).with_options(options)
-        if method.factorizer is not None:
-            check_size(options.rank, options.ratio, options.rank_error)
+        check_method_size(get_method(options.method).with_options(options), options)
         return options
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
