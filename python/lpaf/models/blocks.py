@@ -1,8 +1,8 @@
-"""The parts of an encoder layer that structured pruning can take out: attention block, heads, feed-forward block, neurons.
+"""The parts of an encoder layer that structured pruning removes: attention block, heads, feed-forward block, neurons.
 
 A block is what is added to the residual: without it, a post-norm layer computes LayerNorm(x) where it computed
-LayerNorm(x + block(x)), and the block's output bias is gone with it. (CoFi's published code also skips the LayerNorm. What
-is done here is the limit of a block whose output is scaled down to zero, and the norm keeps its parameters.)
+LayerNorm(x + block(x)), and the block's output bias is gone with it. (CoFi's published code skips the LayerNorm too.
+What is done here is the limit of a block whose output is scaled down to zero, and the norm keeps its parameters.)
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class Layer:
     def sizes(self) -> Sizes:
         """Heads and neurons that the layer has now."""
         query, up = self.linear("query"), self.linear("up")
-        return Sizes(
-            0 if query is None else query.out_features // self.head_size, 0 if up is None else up.out_features
-        )
+        return Sizes(0 if query is None else query.out_features // self.head_size, 0 if up is None else up.out_features)
 
     def keep_heads(self, heads: torch.Tensor) -> None:
         """Remove all heads but those at the sorted positions ``heads`` int64 [n]; with none, the whole block."""

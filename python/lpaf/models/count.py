@@ -21,6 +21,7 @@ from torch import nn
 from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MixedRankLinear
 
 from ..errors import InputError
+from .blocks import removable_layers
 from .targets import encoder_linears
 
 Shape = tuple[int, int]
@@ -73,7 +74,8 @@ def forward_macs(model: nn.Module, sequence_length: int) -> int:
     linears = encoder_linears(model)
     calls = layers // getattr(config, "num_hidden_groups", layers)
     per_token = sum(linear_macs(module) for module in linears.values()) * calls
-    attention = layers * 2 * sequence_length**2 * config.hidden_size
+    widths = [layer.sizes.heads * layer.head_size for layer in removable_layers(model) if layer.sizes.heads]
+    attention = 2 * sequence_length**2 * (sum(widths) if removable_layers(model) else layers * config.hidden_size)
     return per_token * sequence_length + attention
 
 

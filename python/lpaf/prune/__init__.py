@@ -17,6 +17,7 @@ State between steps lives in parameters and buffers of the model, so that checkp
 attributes' defaults.
 """
 
+from .cofi import CofiPruner
 from .contrastive import ContrastivePruner
 from .importance import ImportancePruner
 from .lottery_ticket import LotteryTicketPruner
@@ -40,10 +41,12 @@ PRUNERS = {
     "lottery-ticket": LotteryTicketPruner,
     "importance": ImportancePruner,
     "neuron-movement": NeuronMovementPruner,
+    "cofi": CofiPruner,
 }
 
 __all__ = [
     "PRUNERS",
+    "CofiPruner",
     "ContrastivePruner",
     "CubicSchedule",
     "GradualMagnitudePruner",

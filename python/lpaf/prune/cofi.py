@@ -1,9 +1,9 @@
 """CoFi: coarse and fine structures pruned together by hard-concrete gates (Xia, Zhong, Chen, ACL 2022).
 
-Attention blocks, feed-forward blocks, heads and feed-forward neurons have a gate each; a weight stays while all gates above
-it are open. The expected share s of encoder weights that the gates close is pulled to a target t by the Lagrangian
-lambda_1 (s - t) + lambda_2 (s - t)^2: the gates descend it, the lambdas ascend it. In the end what is closed
-is removed for good, and the smaller dense model is retrained.
+Attention blocks, feed-forward blocks, heads and feed-forward neurons have a gate each; a weight stays while all gates
+above it are open. The expected share s of encoder weights that the gates close is pulled to a target t by the Lagrangian
+lambda_1 (s - t) + lambda_2 (s - t)^2: the gates descend it, the lambdas ascend it. In the end what is closed is removed
+for good, and the smaller dense model is retrained.
 
 CoFi's mask over the hidden dimensions is left out: it would cut embeddings, norms and head along with the encoder.
 """
@@ -35,6 +35,7 @@ class CofiPruner(Pruner):
     """
 
     learned_scores = True
+    structured = True
     score_lr = 0.1
     #: whether neurons have gates
     fine = True
@@ -79,8 +80,8 @@ class CofiPruner(Pruner):
         share = sum(block.cost * block.chance * float(block.units.sum()) for block in blocks) / whole
         if abs(share - self.coarse_ratio) > UNDECIDED:
             say(
-                f"cofi: the gates expect to keep {share:.1%} of the weights they guard, {self.coarse_ratio:.1%} was asked "
-                "for; the likeliest stay. Train longer, or pass a larger --score-lr"
+                f"cofi: the gates expect to keep {share:.1%} of the weights they guard, and {self.coarse_ratio:.1%} was "
+                "asked for; the likeliest stay. Train longer, or pass a larger --score-lr"
             )
         masks = decide(blocks, budget=int(self.coarse_ratio * whole * (1 + 1e-12)))
         for (_, _, gates), mask in zip(found, masks, strict=True):
@@ -97,7 +98,7 @@ UNDECIDED = 0.05
 
 
 class Multipliers(nn.Module):
-    """lambda_1 and lambda_2, moved by Adam against the gates; buffers, so that checkpoints hold the optimizer's state too.
+    """lambda_1 and lambda_2, moved by Adam against the gates; its state is in buffers, so that checkpoints hold it.
 
     Their gradients follow from the gates alone, which are the same in every process.
     """
@@ -228,7 +229,9 @@ def decide(blocks: Sequence[Block], budget: int) -> list[torch.Tensor]:
             coarse.append((block.chance, index, everything))
         elif block.heads:
             mask = likeliest(block.units) & opened[index]
-            coarse += [(block.chance * float(block.units[unit]), index, everything[unit : unit + 1]) for unit in everything]
+            coarse += [
+                (block.chance * float(block.units[unit]), index, everything[unit : unit + 1]) for unit in everything
+            ]
         else:
             order = (1.0, 0.0) if opened[index] else (0.0, block.chance)
             chances = block.chance * block.units

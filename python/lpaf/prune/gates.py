@@ -1,8 +1,8 @@
 """Gates on the parts of a model's layers: put in, counted, and made final by removing what is closed.
 
 A block's gates sit on its last linear: what comes in is multiplied by the gates of its heads or neurons, what goes out,
-bias included, by the gate of the block. Hooks do this, so that the layers keep their classes and names, and any linear can
-be gated, dense or low-rank plus sparse.
+bias included, by the gate of the block. Hooks do this, so that the layers keep their classes and names, and any linear
+can be gated, dense or low-rank plus sparse.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def gated_params(model: nn.Module) -> int:
 
 @torch.no_grad()
 def fix_gates(gates: BlockGates, kept: torch.Tensor) -> None:
-    """Fix the gates of a block: 0 for the units outside the mask ``kept`` [units] (for the block if there are none), and
-    what they are without noise for the others."""
+    """Fix the gates of a block: at 0 for the units outside the mask ``kept`` [units], and for the block if it is empty,
+    else without noise."""
     kept = kept.to(gates.block.log_alpha.device)
     gates.kept = kept
     gates.block.fix(without_noise(gates.block.log_alpha) * kept.any())
@@ -107,7 +107,7 @@ def fix_gates(gates: BlockGates, kept: torch.Tensor) -> None:
 
 @torch.no_grad()
 def remove_closed(model: nn.Module) -> None:
-    """Take out the units that :func:`fix_gates` closed, multiply the last linears by the other gates, and drop the gates.
+    """Remove the units that :func:`fix_gates` closed, multiply the last linears by the other gates, and drop the gates.
 
     The model computes what it did with these gates. A unit that was kept although its gate is 0 stays, with weights of
     zero, and can learn.

@@ -1,8 +1,8 @@
 """Hard-concrete gates: random variables in [0, 1] that are exactly 0 or 1 with a probability that is learned.
 
-Louizos, Welling, Kingma: *Learning Sparse Neural Networks through L0 Regularization* (ICLR 2018), section 2.3. A logistic
-variable with location log alpha is squashed, stretched to (gamma, zeta) and clipped, so that gradients reach log alpha
-although the gate may be closed.
+Louizos, Welling, Kingma: *Learning Sparse Neural Networks through L0 Regularization* (ICLR 2018). A logistic variable
+with location log alpha is squashed, stretched to (gamma, zeta) and clipped, so that gradients reach log alpha although
+the gate may be closed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _stretch(s: torch.Tensor) -> torch.Tensor:
 class HardConcrete(nn.Module):
     """``size`` independent gates: random in training mode, without noise in evaluation mode, or fixed.
 
-    Parameter ``log_alpha`` float32 [size]; buffer ``uniform`` float32 [size], the draws of this training step. The draws
-    come from :meth:`draw`, so that all forward passes of a step, and all processes, see the same gates.
+    Parameter ``log_alpha`` float32 [size]; buffer ``uniform`` float32 [size], the draws of this training step. They come
+    from :meth:`draw`, so that all forward passes of a step, and all processes, see the same gates.
     """
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:

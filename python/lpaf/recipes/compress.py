@@ -44,7 +44,7 @@ from ..retrain.trainer import Term, TrainOptions, train_stage
 from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
-from .pruning import make_pruner, score_init
+from .pruning import make_pruner, score_init, score_lr
 from .record import Findings, run_record
 from .stages import StageStore, Tensors, stage_key
 from .workspace import Workspace, explain_os_error
@@ -113,7 +113,7 @@ class Compression:
         return TrainOptions(
             epochs=epochs,
             learning_rate=learning_rate,
-            score_learning_rate=options.score_lr,
+            score_learning_rate=score_lr(self.prepared.method.pruner, options),
             batch_size=options.batch_size,
             seed=options.seed + offset,
             checkpoint_steps=options.checkpoint_steps,
@@ -174,6 +174,8 @@ class Compression:
         }
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
+            if PRUNERS[method.pruner].structured:
+                settings |= {"ratio": self.options.ratio}
             if self.prepared.neurons is not None:
                 settings |= {"ranks": self.prepared.neurons.ranks, "keep": self.prepared.neurons.keep}
         return stage_key(settings)
@@ -308,6 +310,8 @@ class Compression:
         weights = {name: layer.weight.detach() for name, layer in encoder_linears(model).items()}
         errors = {
             name: float((before[name].weight.detach() - weight).norm() / before[name].weight.norm())
+            if weight.shape == before[name].weight.shape
+            else None  # rows or columns are gone: there is nothing to hold against each other
             for name, weight in weights.items()
         }
         return Factorized(errors, weights)

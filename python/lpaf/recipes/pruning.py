@@ -45,6 +45,11 @@ def score_init(pruner: str | None, options: CompressOptions) -> float | None:
     return 0.0 if pruner == "soft-movement" else SCORE_INIT
 
 
+def score_lr(pruner: str | None, options: CompressOptions) -> float:
+    """The learning rate of the scores of ``pruner``."""
+    return options.score_lr or PRUNERS.get(pruner, Pruner).score_lr
+
+
 def takes(pruner: str, field: str) -> bool:
     """Whether the option means something to the pruner called ``pruner``."""
     cls = PRUNERS[pruner]
@@ -97,4 +102,6 @@ def make_pruner(name: str, options: CompressOptions, budget: NeuronBudget | None
         for field, argument in ARGUMENTS.items()
         if argument in parameters and given[field] is not None
     }
+    if PRUNERS[name].structured:
+        arguments["ratio"] = options.ratio
     return PRUNERS[name](**arguments)
