@@ -18,6 +18,7 @@ attributes' defaults.
 """
 
 from .cofi import CofiPruner
+from .cofi_losparse import CofiLoSparsePruner
 from .contrastive import ContrastivePruner
 from .importance import ImportancePruner
 from .lottery_ticket import LotteryTicketPruner
@@ -42,10 +43,12 @@ PRUNERS = {
     "importance": ImportancePruner,
     "neuron-movement": NeuronMovementPruner,
     "cofi": CofiPruner,
+    "cofi+losparse": CofiLoSparsePruner,
 }
 
 __all__ = [
     "PRUNERS",
+    "CofiLoSparsePruner",
     "CofiPruner",
     "ContrastivePruner",
     "CubicSchedule",

@@ -1,8 +1,8 @@
 """CoFi: coarse and fine structures pruned together by hard-concrete gates (Xia, Zhong, Chen, ACL 2022).
 
 Attention blocks, feed-forward blocks, heads and feed-forward neurons have a gate each; a weight stays while all gates
-above it are open. The expected share s of encoder weights that the gates close is pulled to a target t by the Lagrangian
-lambda_1 (s - t) + lambda_2 (s - t)^2: the gates descend it, the lambdas ascend it. In the end what is closed is removed
+above it are open. The Lagrangian lambda_1 (s - t) + lambda_2 (s - t)^2 pulls the expected share s of encoder weights
+that the gates close to a target t: the gates descend it, the lambdas ascend it. In the end what is closed is removed
 for good, and the smaller dense model is retrained.
 
 CoFi's mask over the hidden dimensions is left out: it would cut embeddings, norms and head along with the encoder.
@@ -80,8 +80,8 @@ class CofiPruner(Pruner):
         share = sum(block.cost * block.chance * float(block.units.sum()) for block in blocks) / whole
         if abs(share - self.coarse_ratio) > UNDECIDED:
             say(
-                f"cofi: the gates expect to keep {share:.1%} of the weights they guard, and {self.coarse_ratio:.1%} was "
-                "asked for; the likeliest stay. Train longer, or pass a larger --score-lr"
+                f"cofi: the gates expect to keep {share:.1%} of the weights they guard, and {self.coarse_ratio:.1%} "
+                "was asked for; the likeliest stay. Train longer, or pass a larger --score-lr"
             )
         masks = decide(blocks, budget=int(self.coarse_ratio * whole * (1 + 1e-12)))
         for (_, _, gates), mask in zip(found, masks, strict=True):

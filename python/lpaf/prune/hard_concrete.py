@@ -45,8 +45,8 @@ def _stretch(s: torch.Tensor) -> torch.Tensor:
 class HardConcrete(nn.Module):
     """``size`` independent gates: random in training mode, without noise in evaluation mode, or fixed.
 
-    Parameter ``log_alpha`` float32 [size]; buffer ``uniform`` float32 [size], the draws of this training step. They come
-    from :meth:`draw`, so that all forward passes of a step, and all processes, see the same gates.
+    Parameter ``log_alpha`` float32 [size]; buffer ``uniform`` float32 [size], the draws of this training step. They
+    come from :meth:`draw`, so that all forward passes of a step, and all processes, see the same gates.
     """
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:

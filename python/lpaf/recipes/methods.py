@@ -133,6 +133,13 @@ METHODS = {
             compact=True,
         ),
         Method(
+            "cofi+losparse",
+            "losparse with blocks and heads removed as cofi does (Li et al., 2023, section 4.6)",
+            pruner="cofi+losparse",
+            factorizer=None,
+            compact=True,
+        ),
+        Method(
             "truncate",
             "the first layers of the fine-tuned model, retrained without a teacher",
             pruner=None,

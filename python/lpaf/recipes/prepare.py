@@ -134,7 +134,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     if method.compact and PRUNERS[method.pruner].structured:
         check_structures(model, method, options)
     if method.compact and PRUNERS[method.pruner].budgeted:
-        neurons = budget_of(shapes, options, method.low_rank_share)
+        neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
     elif method.compact:
         pass
     elif method.factorizer is None:
