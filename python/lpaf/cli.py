@@ -9,6 +9,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,30 @@ def _value_type(annotation: Any) -> type:
     return annotation
 
 
-def _rank(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+def _number_or(word: str, kind: type) -> Callable[[str], Any]:
+    """A parser of options that take a number or one ``word``."""
+
+    def parse(text: str) -> Any:
+        if text == word:
+            return text
+        try:
+            return kind(text)
+        except ValueError:
+            number = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"expected a {number} or {word}, got {text!r}") from None
+
+    return parse
 
 
 def add_compress_options(parser: argparse.ArgumentParser) -> None:
     """One command-line option per field of CompressOptions."""
     import dataclasses
 
+    from .models.count import AUTO
     from .recipes.methods import METHODS
-    from .recipes.options import CompressOptions, flag
+    from .recipes.options import LAYER, CompressOptions, flag
 
+    words = {"rank": AUTO, "distill": LAYER}
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     annotations = typing.get_type_hints(CompressOptions)
     for field in dataclasses.fields(CompressOptions):
@@ -101,8 +110,8 @@ def add_compress_options(parser: argparse.ArgumentParser) -> None:
             options["action"] = "store_true"
         else:
             options |= {"type": kind, "metavar": meta.get("metavar", field.name.upper())}
-            if field.name == "rank":
-                options["type"] = _rank
+            if field.name in words:
+                options["type"] = _number_or(words[field.name], kind)
             if meta.get("choices"):
                 options["metavar"] = "|".join(meta["choices"])
         if field.name in ("model", "task", "output"):

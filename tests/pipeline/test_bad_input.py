@@ -126,6 +126,21 @@ CASES = {
     "batch size 0": ({"--batch-size": "0"}, ("--batch-size 0", "above 0")),
     "negative epochs": ({"--retrain-epochs": "-1"}, ("--retrain-epochs -1",)),
     "distillation weight": ({"--distill": "2"}, ("--distill 2", "[0, 1]")),
+    "distillation in no known way": ({"--distill": "logits"}, ("--distill", "layer", "logits")),
+    "layers of no layer-wise distillation": (
+        {"--distill": "0.3", "--distill-layer": "1"},
+        ("--distill-layer", "--distill layer", "--distill 0.3 would ignore"),
+    ),
+    "logits of no layer-wise distillation": ({"--distill-output": "1"}, ("--distill-output", "--distill layer")),
+    "negative weight of layers": (
+        {"--distill": "layer", "--distill-layer": "-1"},
+        ("--distill-layer -1", "0 or more"),
+    ),
+    "nothing to distil": ({"--distill": "layer", "--distill-layer": "0"}, ("--distill layer", "--distill 0")),
+    "layers without a teacher": (
+        {"--distill": "layer", "--method": "truncate", "--rank": None, "--ratio": "0.5"},
+        ("--distill layer", "--method truncate", "--method kd"),
+    ),
     "unknown scope": ({"--scope": "layer"}, ("--scope", "matrix, global")),
     "unknown weighting": ({"--weighting": "fisher"}, ("--weighting", "scores")),
     "unknown device": ({"--device": "tpu"}, ("--device tpu", "cpu or cuda")),

@@ -15,7 +15,6 @@ from launch import DEATHS, launch
 from lpaf.prune import PRUNERS
 from lpaf.recipes.methods import METHODS
 from lpaf.recipes.options import PRUNER_CHOICES, flag
-from lpaf.recipes.pruning import takes
 
 RUN = {
     "task": "text-classification", "finetune-epochs": 1, "prune-epochs": 2, "retrain-epochs": 2, "batch-size": 16,
@@ -43,9 +42,12 @@ CHAINS = [(method, None) for method in METHODS] + [
 def chosen(method: str, pruner: str | None = None, keep: float = 0.3) -> list[str]:
     """The options that choose a chain, its size, and what its pruner is told."""
     words = ["--method", method, *(["--pruner", pruner] if pruner else [])]
-    words += ["--ratio", "0.5"] if METHODS[method].factorizer is None else ["--rank", "4"]
+    by_ratio = METHODS[method].factorizer is None or METHODS[method].proportional
+    structured = METHODS[method].compact and PRUNERS[METHODS[method].pruner].structured
+    ratio = "1.0" if structured and keep == 1.0 else "0.5"
+    words += ["--ratio", ratio] if by_ratio else ["--rank", "4"]
     for field, value in {"keep": keep, "prune_lr": 2e-3}.items():
-        if pruner is None or takes(pruner, field):
+        if field not in METHODS[method].idle({"pruner": pruner}):
             words += [flag(field), str(value)]
     return words
 
@@ -60,7 +62,7 @@ def happens(death: str, method: str, pruner: str | None = None) -> bool:
         "prune store": not name,
         "round": name != "lottery-ticket",
         "factorize": not chain.factorizer,
-        "truncate": bool(chain.factorizer),
+        "truncate": bool(chain.factorizer) or chain.compact,
     }
     return not absent.get(death, absent.get(death.split()[0], False))
 

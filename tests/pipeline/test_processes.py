@@ -180,6 +180,18 @@ def test_every_chain_ends_with_the_weights_of_one(steady_model, odd_data, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lpaf", "kd"])
+def test_layer_wise_distillation_ends_with_the_weights_of_one(steady_model, odd_data, tmp_path, method):
+    """A teacher beside the student in every process, and sentences of all lengths in every share of a batch."""
+
+    def words(output: Path) -> list[str]:
+        layers = {"distill": "layer", "distill-output": 1, "max-train-samples": 99}
+        return command(steady_model, odd_data, output, *chosen(method, keep=1.0), **layers)
+
+    assert_order_of_sums_is_all(words, tmp_path, processes=2)
+
+
+@pytest.mark.slow
 def test_question_answering_ends_with_the_weights_of_one(steady_model, tmp_path):
     """Windows of several lengths, whose logits are padded and put together again."""
     for name, count, seed in (("train", 50, 1), ("validation", 45, 2)):

@@ -40,6 +40,7 @@ def keys(options):
         ({"prune_epochs": 2.0}, ("prune",)),
         ({"hard_pruning": True}, ("prune",)),
         ({"distill": 0.1}, ("prune",)),
+        ({"distill": "layer"}, ("prune",)),
         ({"pruner": "cap"}, ("prune",)),
         ({"pruner": "movement"}, ("prune",)),
         ({"pruner": "movement", "score_init": 0.0}, ("prune",)),

@@ -18,15 +18,16 @@ def masked_linears(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, MaskedLinear))
 
 
-def add_masks(model: nn.Module, score_init: float = 0.0, learned: bool = True) -> None:
+def add_masks(model: nn.Module, score_init: float = 0.0, learned: bool = True, rows: bool = False) -> None:
     """Replace every encoder linear of ``model`` by a MaskedLinear that keeps everything.
 
     Args:
         score_init: scores start at this multiple of |W| / mean(|W|) of their matrix; 0 starts them at zero.
         learned: whether the scores get gradients.
+        rows: one score per row, a neuron, instead of one per weight; they start at zero.
     """
     for name, linear in encoder_linears(model).items():
-        masked = MaskedLinear.from_linear(linear)
+        masked = MaskedLinear.from_linear(linear, block=(1, linear.in_features) if rows else (1, 1))
         if score_init:
             magnitude = linear.weight.detach().abs()
             mean = magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny)  # of a matrix of zeros: 0

@@ -1,8 +1,9 @@
 """Structured movement pruning: the movement of a neuron is the mean of its weights' (LoSparse's baseline).
 
 Movement (Sanh et al., 2020; LPAF, Eq. 4) adds up -W dL/dW_eff, which is positive where a weight moves away from zero.
-Here a row of W [out, in], a neuron, has one score and stays or goes as a whole. Masked rows keep their values and get
-straight-through gradients in their scores, so that they may return. In the end only the rows that stay are stored.
+Here a row of W [out, in], a neuron, has one score, the mean over its weights, and stays or goes as a whole. Masked rows
+keep their values and get straight-through gradients in their scores, so that they may return. In the end only the rows
+that stay are stored.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lpaf_kernels import KeepThreshold, LowRankSparseLinear, MaskedLinear, set_thresholds
+from lpaf_kernels import LowRankSparseLinear, MaskedLinear, set_thresholds
 
 from ..models.neurons import compact_like
-from .masks import add_masks, masked_linears
+from .masks import add_masks, masked_linears, refuse_nan_thresholds
 from .neurons import select_neurons
 from .pruner import Pruner
-from .schedule import CubicSchedule, check_scope, refuse_nan
+from .schedule import CubicSchedule, check_scope
 
 
 class NeuronMovementPruner(Pruner):
@@ -44,34 +45,25 @@ class NeuronMovementPruner(Pruner):
         self.keep, self.scope, self.warmup, self.cooldown, self.interval = keep, scope, warmup, cooldown, interval
 
     def attach(self, model: nn.Module) -> None:
-        """Replace every encoder linear of ``model`` by a MaskedLinear that keeps everything, and give every neuron a
-        score, as a buffer that checkpoints hold."""
-        add_masks(model)
-        for _, module in masked_linears(model):
-            module.register_buffer("movement", module.weight.new_zeros(module.out_features, dtype=torch.float32))
+        """Replace every encoder linear of ``model`` by a MaskedLinear with a score per row that keeps everything."""
+        add_masks(model, rows=True)
 
     @torch.no_grad()
     def accumulate(self, model: nn.Module) -> None:
-        """Add the mean of -W dL/dW_eff over every row, which the gradients of the masks' scores hold now, and take
-        these gradients away, so that no optimizer moves them."""
+        """Add the mean of -W dL/dW_eff over every row to its score, and take the gradients of the scores, which are
+        the sums of W dL/dW_eff, away, so that no optimizer moves the scores."""
         for _, module in masked_linears(model):
             if module.scores.grad is not None:
-                module.movement.sub_(module.scores.grad.mean(dim=1))
+                module.scores.sub_(module.scores.grad, alpha=1 / module.in_features)
                 module.scores.grad = None
 
-    @torch.no_grad()
     def update_masks(self, model: nn.Module, keep: float) -> None:
         """Mask the neurons outside the top ``keep`` share."""
         modules = dict(masked_linears(model))
-        refuse_nan([module.movement for module in modules.values()])
-        movement = {name: module.movement for name, module in modules.items()}
+        scores = {name: module.scores.detach().squeeze(1) for name, module in modules.items()}
         shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
-        for name, threshold in select_neurons(movement, shapes, keep, self.scope).items():
-            module = modules[name]
-            # A mask compares a score for every weight: 1 in the rows that stay, 0 elsewhere.
-            module.scores.copy_(threshold.mask(module.movement)[:, None])
-            half = KeepThreshold(torch.full_like(module.threshold_value, 0.5), module.threshold_tie_index)
-            set_thresholds([module], [half])
+        thresholds = select_neurons(scores, shapes, keep, self.scope)
+        set_thresholds(list(modules.values()), list(thresholds.values()))
 
     def callback(self, steps: int) -> NeuronMovementCallback:
         """The Trainer callback that follows the cubic schedule over ``steps`` updates."""
@@ -80,9 +72,10 @@ class NeuronMovementPruner(Pruner):
     def detach(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Put in compact layers of the neurons that stay, and return the movement: name -> [out] float32."""
         self.update_masks(model, self.keep)
+        refuse_nan_thresholds(model)
         movement = {}
         for name, module in list(masked_linears(model)):
-            movement[name] = module.movement.clone()
+            movement[name] = module.scores.detach().float().squeeze(1).clone()
             model.set_submodule(name, _compact(module))
         return movement
 
@@ -114,4 +107,4 @@ class NeuronMovementCallback(TrainerCallback):
         self.pruner.accumulate(model)
 
     def on_log(self, args, state, control, model=None, **kwargs):
-        refuse_nan([module.movement for _, module in masked_linears(model)])
+        refuse_nan_thresholds(model)

@@ -39,6 +39,7 @@ from ..processes import from_main, is_main, process_place, say
 from ..prune import PRUNERS, Pruner, Surroundings
 from ..report.write import write_report
 from ..retrain import RETRAINERS
+from ..retrain.layer_distillation import LayerDistillation
 from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
 from .fingerprints import weights_fingerprint
@@ -80,7 +81,12 @@ class Compression:
         )
         kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
         self.stages = StageStore(Path(options.stages) if options.stages else kept)
-        self.distill = options.distill if prepared.method.distill else 0.0
+        logits = options.distill_output if options.layer_wise else options.distill
+        self.distill = logits if prepared.method.distill else 0.0
+        #: weight of the task loss, if it is not what distillation leaves it
+        self.task = 1.0 if options.layer_wise else None
+        #: what the teacher adds to the loss of pruning and retraining
+        self.terms: list[Term] = []
         pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
         self.prune_distill = self.distill if pruner.distill is None else pruner.distill
         self.mixed_rank_p = options.mixed_rank_p
@@ -200,7 +206,12 @@ class Compression:
         return model
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
-        """The training set with the dense model's logits as a column; each example is run once."""
+        """The training set with the dense model's logits as a column, if they are wanted; each example is run once.
+
+        Where the dense model also teaches layer by layer, it will run beside the model in training.
+        """
+        if self.options.distill_layer:
+            self.terms = [LayerDistillation(dense, self.options.distill_layer, self.options.bf16)]
         if self.distill == self.prune_distill == 0:
             return self.train
 
@@ -258,8 +269,8 @@ class Compression:
         """Train ``model`` under its pruner."""
         train = self.train_options(self.options.prune_epochs, self.options.prune_lr, offset=1)
         callback = pruner.callback(train.updates(len(train_set)))
-        terms = getattr(callback, "terms", ())
-        objective = self.objective(distill=self.prune_distill)
+        terms = [*getattr(callback, "terms", ()), *self.terms]
+        objective = self.objective(distill=self.prune_distill, task=self.task if pruner.distill is None else None)
         self.run_stage(stage, model, train_set, objective, train, callbacks=[callback], terms=terms)
 
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
@@ -306,11 +317,11 @@ class Compression:
 
     def compacted(self, model: nn.Module, dense: nn.Module) -> Factorized:
         """What pruning has left of every matrix of ``model``, and how far it is from that of ``dense``."""
-        before = encoder_linears(dense)
+        before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
         weights = {name: layer.weight.detach() for name, layer in encoder_linears(model).items()}
         errors = {
-            name: float((before[name].weight.detach() - weight).norm() / before[name].weight.norm())
-            if weight.shape == before[name].weight.shape
+            name: float((before[name] - weight).norm() / before[name].norm())
+            if weight.shape == before[name].shape
             else None  # rows or columns are gone: there is nothing to hold against each other
             for name, weight in weights.items()
         }
@@ -323,12 +334,13 @@ class Compression:
         if method.pruner is None or not PRUNERS[method.pruner].trains:
             epochs += options.prune_epochs  # methods that do not train while pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
-        objective = self.objective(distill=self.distill, consistency=1.0 if method.consistency else 0.0)
+        consistency = 1.0 if method.consistency else 0.0
+        objective = self.objective(distill=self.distill, consistency=consistency, task=self.task)
         settings = {"p_init": self.mixed_rank_p, "seed": train.seed} if method.retrainer == "mixed-rank" else {}
         retrainer = RETRAINERS[method.retrainer](**settings)
         retrainer.attach(model, factorized.weights)
         callbacks = retrainer.callbacks(train.updates(len(train_set)), objective.passes)
-        self.run_stage(stage, model, train_set, objective, train, callbacks=callbacks)
+        self.run_stage(stage, model, train_set, objective, train, callbacks=callbacks, terms=self.terms)
         retrainer.detach(model)
 
     # the whole run --------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import InputError
-from .options import CompressOptions
-from .pruning import check_pruner_options
+from ..prune import PRUNERS
+from .options import LAYER_WISE, CompressOptions
+from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Method:
                 raise InputError(f"--hard-pruning: is for movement pruning, which --method {self.name} does not do")
             pruner = "hard-movement"
         check_pruner_options(pruner, options, self.low_rank_share)
+        if options.layer_wise and not self.distill:
+            raise InputError(f"--distill layer: --method {self.name} has no teacher; leave it out, or pass --method kd")
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
@@ -67,6 +72,26 @@ class Method:
             retrainer=self.retrainer if options.mixed_rank else "plain",
             consistency=self.consistency and options.consistency,
         )
+
+    def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """The options about pruning and the teacher that mean nothing to a run of this method with ``settings``."""
+        untaught = () if self.distill else ("distill", *LAYER_WISE)
+        if self.pruner is None or settings.get("prune") is False:
+            return (*PRUNER_OPTIONS, *untaught)
+        pruner = settings.get("pruner") or self.pruner
+        if self.compact:
+            pruner = self.pruner
+        elif settings.get("hard_pruning"):
+            pruner = "hard-movement"
+        if pruner not in PRUNERS:
+            return ()  # what is wrong with it is found later
+        chosen = ("pruner", "hard_pruning")
+        idle = [name for name in PRUNER_OPTIONS if name not in chosen and not takes(pruner, name)]
+        if self.compact:
+            idle += chosen
+        if self.low_rank_share is not None and "low_rank_share" not in idle:
+            idle.append("low_rank_share")
+        return (*idle, *untaught)
 
 
 METHODS = {

@@ -15,6 +15,10 @@ from ..models.neurons import LOW_RANK_SHARE
 
 #: values of --pruner: names in lpaf.prune.PRUNERS
 PRUNER_CHOICES = ("sensitivity", "movement", "soft-movement", "cap", "magnitude", "gradual-magnitude", "lottery-ticket")
+#: value of --distill: layer by layer
+LAYER = "layer"
+#: options of --distill layer -> LoSparse's choice for most tasks (Tables 12 and 13: alpha_output, alpha_layer)
+LAYER_WISE = {"distill_output": 0.0, "distill_layer": 15.0}
 
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
@@ -106,8 +110,24 @@ class CompressOptions:
     )
     retrain_lr: float = option(4e-4, "learning rate of retraining", "training", metavar="X")
     freeze_embeddings: bool = option(False, "train no embeddings while pruning and retraining (faster)", "training")
-    distill: float = option(
-        0.5, "weight of logit distillation from the dense model, in [0, 1]", "training", metavar="X"
+    distill: float | str = option(
+        0.5,
+        "weight of logit distillation from the dense model, in [0, 1]; layer: its hidden states teach those of "
+        "every layer",
+        "training",
+        metavar="X|layer",
+    )
+    distill_output: float | None = option(
+        None,
+        "--distill layer: weight of logit distillation, beside the whole task loss (default: 0)",
+        "training",
+        metavar="A",
+    )
+    distill_layer: float | None = option(
+        None,
+        "--distill layer: weight of the layers' summed mean squared errors (default: 15)",
+        "training",
+        metavar="A",
     )
     temperature: float = option(2.0, "temperature of the distillation", "training", metavar="X")
     seed: int = option(0, "seed of data order, dropout, draws and new heads", "training", metavar="N")
@@ -212,16 +232,26 @@ class CompressOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{flag(name)} {value:g}: must be above 0")
-        for name in ("finetune_epochs", "checkpoint_steps", "seed", "score_init", "penalty", "contrastive"):
+        not_negative = ("finetune_epochs", "checkpoint_steps", "seed", "score_init", "penalty", "contrastive")
+        for name in (*not_negative, *LAYER_WISE):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
         if self.prune and not self.prune_epochs > 0:
             raise InputError(f"--prune-epochs {self.prune_epochs:g}: must be above 0, or pass --no-prune")
+        if isinstance(self.distill, str) and self.distill != LAYER:
+            raise InputError(f"--distill {self.distill!r}: expected a number in [0, 1] or {LAYER}")
         for name in ("distill", "mixed_rank_p"):
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
+            if isinstance(value, float) and not 0.0 <= value <= 1.0:
                 raise InputError(f"{flag(name)} {value:g}: must be in [0, 1]")
+        for name, default in LAYER_WISE.items():
+            if getattr(self, name) is not None and not self.layer_wise:
+                raise InputError(f"{flag(name)}: is for --distill {LAYER}; --distill {self.distill:g} would ignore it")
+            if getattr(self, name) is None and self.layer_wise:
+                object.__setattr__(self, name, default)  # left out or given, it is the same run
+        if self.layer_wise and not self.distill_output + self.distill_layer > 0:
+            raise InputError(f"--distill {LAYER}: its weights are both 0; pass --distill 0 to train without a teacher")
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
         if not 0.0 < self.threshold < 1.0:
@@ -253,6 +283,11 @@ class CompressOptions:
                 raise InputError(
                     f"{flag(field.name)} {getattr(self, field.name)!r}: expected one of {', '.join(choices)}"
                 )
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether the dense model teaches layer by layer."""
+        return self.distill == LAYER
 
     @property
     def forced(self) -> bool | None:
@@ -298,6 +333,7 @@ PRUNE_OPTIONS = (
     "score_lr",
     "freeze_embeddings",
     "distill",
+    *LAYER_WISE,
     "temperature",
     "keep",
     "scope",

@@ -58,7 +58,6 @@ from .fingerprints import files_fingerprint, weights_fingerprint
 from .methods import METHODS, get_method
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .prepare import check_method_size
-from .pruning import PRUNER_OPTIONS
 from .stages import stage_key
 from .workspace import BusyError, is_published, work_directory
 
@@ -114,18 +113,14 @@ class StudyFile:
         return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
 
     def settings(self, label: str, cell: Cell, seed: int, tuned: Settings) -> Settings:
-        """The options of one run; those of its method go before ``[options]``, of which a method that does not prune
-        takes nothing about pruning."""
+        """The options of one run; those of its method go before ``[options]``, of which it takes nothing about pruning
+        or a teacher that it has no use for."""
         shared, own = self.options, self.methods[label]
-        if not _prunes(shared | own):
-            shared = {name: value for name, value in shared.items() if name not in PRUNER_OPTIONS}
+        method = METHODS.get(str((shared | own).get("method", CompressOptions.method)))
+        if method is not None:  # else what is wrong is found later
+            idle = method.idle(shared | own)
+            shared = {name: value for name, value in shared.items() if name not in idle}
         return shared | own | dict(cell) | {"seed": seed} | tuned
-
-
-def _prunes(settings: Settings) -> bool:
-    """Whether a run prunes; what is wrong with its options is found later."""
-    method = METHODS.get(str(settings.get("method", CompressOptions.method)))
-    return method is None or (method.pruner is not None and settings.get("prune", True) is not False)
 
 
 def read_study(path: Path, changes: Mapping[str, Any] | None = None) -> StudyFile:
@@ -262,7 +257,7 @@ class Run:
         """The run's folder: equal for runs that end with the same weights."""
         options = CompressOptions(**self.settings, output="unwritten")
         processes = process_place()[1]
-        idle = () if get_method(options.method).with_options(options).pruner else PRUNER_OPTIONS
+        idle = get_method(options.method).idle(options.to_dict())
         decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS, *idle)) | {
             "weights": weights_fingerprint(options.model),
             "data": files_fingerprint(options),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler, Sampler
 
 from ..models.outputs import PADDING
+
+#: what a batch holds beside the inputs of the model
+BESIDE = ("index", "labels", "teacher_logits")
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those tensors of a batch that the model is called with; the loss is not its own."""
+    return {name: tensor for name, tensor in batch.items() if name not in BESIDE}
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -36,21 +36,23 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 class Objective:
     """Which terms a training stage adds up.
 
-    loss = (1 - distill) * task + distill * distillation + consistency * consistency
+    loss = task * task + distill * distillation + consistency * consistency, with task = 1 - distill unless given
 
     A question is two classifications over the positions of its window, start and end: all terms are means over both.
 
     Args:
         problem: "classification" and "question-answering" (cross entropy) or "regression" (mean squared error).
-        distill: weight of logit distillation in [0, 1]; needs teacher logits. Default: 0.
+        distill: weight of logit distillation; needs teacher logits. Default: 0.
         temperature: softmax temperature of the distillation. Default: 2.
         consistency: weight of the consistency term; above 0 every batch runs twice. Default: 0.
+        task: weight of the task loss. Default: 1 - ``distill``, which is in [0, 1] then.
     """
 
     problem: str
     distill: float = 0.0
     temperature: float = 2.0
     consistency: float = 0.0
+    task: float | None = None
 
     @property
     def passes(self) -> int:
@@ -82,7 +84,7 @@ class Objective:
             terms = [distillation_loss(output, target, self.problem, self.temperature) for output in outputs]
             distilled = torch.stack(terms).mean()
             parts["distillation"] = distilled.detach()
-            loss = (1 - self.distill) * loss + self.distill * distilled
+            loss = (1 - self.distill if self.task is None else self.task) * loss + self.distill * distilled
         if self.passes == 2:
             consistent = consistency_loss(*outputs, self.problem)
             parts["consistency"] = consistent.detach()

@@ -23,7 +23,7 @@ from lpaf_kernels import MixedRankLinear
 from ..errors import TrainingDivergedError
 from ..models.outputs import task_logits
 from ..processes import exchange, from_main, launched, process_place, together
-from .batches import BatchShare, Collator, LengthGroupedSampler
+from .batches import BatchShare, Collator, LengthGroupedSampler, model_inputs
 from .objective import Objective
 
 COMPLETE = "complete"
@@ -133,10 +133,8 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One batch, doubled when the objective compares two passes; the objective plus the terms."""
-        batch, inputs = inputs, dict(inputs)
-        inputs.pop("index", None)
-        labels = inputs.pop("labels")
-        teacher = inputs.pop("teacher_logits", None)
+        batch, inputs = inputs, model_inputs(inputs)
+        labels, teacher = batch["labels"], batch.get("teacher_logits")
         if self.objective.passes == 2:
             inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
         outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
