@@ -210,10 +210,11 @@ def decide(blocks: Sequence[Block], budget: int) -> list[torch.Tensor]:
     1. As many attention blocks, feed-forward blocks, and heads of each open block stay as their gates expect, the
        likeliest.
     2. While that is too much, the least likely head goes (or block, where neurons have no gates).
-    3. What is left of the budget goes to neurons: the likeliest of the open blocks, over all layers; then those of the
-       closed blocks, one block after the other; then to closed heads and blocks.
+    3. While not even all neurons would use the budget up, the likeliest closed head (or block) returns that fits.
+    4. What is left of the budget goes to neurons: the likeliest of the open blocks, over all layers; then those of the
+       closed blocks, one block after the other.
 
-    What stays costs less than ``budget`` by less than one neuron, unless everything stays.
+    What stays costs less than ``budget`` by less than one neuron, where neurons have gates and not everything stays.
     """
     opened = {}
     for heads in (True, False):
@@ -244,9 +245,14 @@ def decide(blocks: Sequence[Block], budget: int) -> list[torch.Tensor]:
         if left < 0 and bool(masks[index][units].all()):
             masks[index][units] = False
             left += blocks[index].cost * len(units)
-    for _, index, units in fine + coarse:
+    neurons = sum(blocks[index].cost for _, index, _ in fine)
+    for _, index, units in coarse:
         cost = blocks[index].cost * len(units)
-        if cost <= left and not bool(masks[index][units].any()):
+        if neurons < left and cost <= left and not bool(masks[index][units].any()):
             masks[index][units] = True
             left -= cost
+    for _, index, units in fine:
+        if blocks[index].cost <= left:
+            masks[index][units] = True
+            left -= blocks[index].cost
     return masks
