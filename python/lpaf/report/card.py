@@ -23,7 +23,7 @@ METHODS = {
     "svd": "truncated singular value decomposition of the fine-tuned matrices, then fine-tuning",
     "truncate": "the first layers of the fine-tuned model, fine-tuned again",
     "kd": "the first layers of the fine-tuned model, trained on its logits (knowledge distillation)",
-    "cofi": "attention blocks, feed-forward blocks, heads and neurons removed by learned gates (CoFi), then fine-tuning",
+    "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
     "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
 TAGS = {
