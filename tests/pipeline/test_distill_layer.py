@@ -206,7 +206,7 @@ def test_both_stacks_of_an_encoder_decoder_have_padding_of_their_own(model_type)
 
 
 def test_decoders_by_their_attention_mask():
-    teacher, student = pair("gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=40)
+    teacher, student = pair("gpt2")
     batch = padded(left=True)
     found, wanted = (run(model, batch).hidden_states for model in (student, teacher))
     expected = by_hand(found, wanted, batch["attention_mask"].bool())

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lpaf.errors import InputError
 from lpaf.evaluate.spectra import numerical_rank
+from lpaf.recipes.measure import neuron_record
 from lpaf.report import figures, summary, terminal
 from lpaf.report.card import front_matter, hub_id, render_card
 from lpaf.report.html import render_html
@@ -29,6 +30,7 @@ from lpaf.report.inspect import (
     write_pictures,
 )
 from lpaf.report.write import report_json, validate_report, write_report
+from lpaf_kernels import LowRankSparseLinear
 
 LAYERS, HIDDEN, WIDE, RANK = 3, 48, 96, 12
 KINDS = {
@@ -208,7 +210,7 @@ def assert_self_contained(text: str) -> Page:
 def test_page_has_the_required_content(run):
     report, analysis = run
     found = assert_self_contained(render_html(report, analysis))
-    assert found.tags.count("svg") == 6
+    assert found.tags.count("svg") == 7
     for words in (
         "4.00x",
         "2.13x",
@@ -238,7 +240,7 @@ def test_page_has_the_required_content(run):
 def test_page_of_a_run_without_pruning_leaves_out_its_pictures():
     report, analysis = synthetic(pruned=False)
     found = assert_self_contained(render_html(report, analysis))
-    assert found.tags.count("svg") == 5
+    assert found.tags.count("svg") == 6
     assert figures.SPARSITY_CAPTION not in found.text
     assert [row.pruned for row in summary.stage_rows(report)] == ["-"] * 7
 
@@ -500,6 +502,8 @@ def test_masks_round_trip_and_downsample():
 def test_places_of_matrices():
     assert figures.matrix_place("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
     assert figures.matrix_place("encoder.block.2.layer.0.SelfAttention.q") == (2, "layer.0.SelfAttention.q")
+    assert figures.matrix_place("decoder.block.2.layer.1.EncDecAttention.q") == (2, "decoder.layer.1.EncDecAttention.q")
+    assert figures.matrix_place("model.decoder.layers.0.fc1") == (0, "decoder.fc1")
     assert figures.matrix_place("head") == (0, "head")
     names = {"l.10.b": {}, "l.2.c": {}, "l.2.a": {}}
     assert list(figures.in_order(names)) == ["l.2.a", "l.2.c", "l.10.b"]
@@ -532,13 +536,149 @@ def test_pictures_of_few_or_odd_numbers(run):
             "error": None,
         },
     }
-    assert figures.chosen_rank(mixed["l.0.a"]) == 3
-    assert figures.chosen_rank(mixed["l.1.b"]) is None
+    assert summary.whole_rank(mixed["l.0.a"]) == 7
+    assert summary.whole_rank(mixed["l.0.a"] | {"kept": 4}) == 8, "full rank"
+    assert summary.whole_rank(mixed["l.1.b"]) is None
     spectra = {"singular_values.dense.l.0.a": torch.rand(8), "singular_values.dense.l.1.b": torch.zeros(4)}
     for picture in figures.matrix_pictures(mixed, spectra):
         assert figures.to_svg(picture.figure).startswith(b"<?xml")
     one = {"prune": [{"step": 1, "loss": math.nan, "learning_rate": 0.0}]}
     assert figures.to_png(figures.training_curves(one)).startswith(b"\x89PNG")
+
+
+def neurons(scope: str = "global", low_rank: int = 6) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """per_matrix and analysis of an encoder-decoder whose neurons of most importance are kept, half of them of all or
+    of every matrix."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        f"model.{stack}.layers.{layer}.{kind}": shape
+        for stack in ("decoder", "encoder")
+        for layer in range(2)
+        for kind, shape in {"self_attn.q_proj": (24, 24), "fc1": (40, 24), "fc2": (24, 40)}.items()
+    }
+    scores = {
+        name: (4 if ".1." in name else 1) * torch.rand(out, generator=generator) ** 3
+        for name, (out, _) in shapes.items()
+    }
+    median = torch.cat(list(scores.values())).median()
+    per_matrix, analysis = {}, {}
+    for name, values in scores.items():
+        kept = torch.nonzero(values > (median if scope == "global" else values.median())).flatten().int()
+        analysis |= {f"importance.{name}": values, f"kept_neurons.{name}": kept}
+        analysis[f"singular_values.dense.{name}"] = torch.linspace(2, 0, 24)
+        per_matrix[name] = {
+            "shape": list(shapes[name]), "dense": 24, "pruned": None, "compressed": low_rank, "kept": len(kept),
+            "kept_share": None, "error": 0.2,
+        }  # fmt: skip
+    return per_matrix, analysis
+
+
+def words_of(figure: Any) -> list[str]:
+    """Every text of a drawn figure."""
+    figures.to_png(figure)
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def test_stacks_are_told_apart():
+    per_matrix, _ = neurons()
+    ordered = figures.in_order(per_matrix)
+    assert [name.split(".")[1] for name in ordered] == ["encoder"] * 6 + ["decoder"] * 6
+    places = figures.matrix_places(ordered)
+    assert places["model.decoder.layers.1.fc1"] == (1, "decoder fc1")
+    assert len(set(places.values())) == len(per_matrix), "no cell stands for two matrices"
+    assert figures.matrix_places(["bert.encoder.layer.1.output.dense"]).popitem()[1] == (1, "output.dense")
+    assert figures.matrix_places(["head", "l.1.a"]) == {"head": (0, "head"), "l.1.a": (1, "a")}
+
+
+def test_what_each_matrix_stores_is_in_its_cell():
+    per_matrix, _ = neurons()
+    figure = figures.kept_by_layer(figures.in_order(per_matrix))
+    ranks, kept = figure.axes[0], figure.axes[1]
+    names = [label.get_text() for label in kept.get_yticklabels()]
+    assert names[0] == "encoder fc1"
+    cells = np.array(kept.images[0].get_array())
+    assert cells.shape == (6, 2)
+    entry = per_matrix["model.decoder.layers.1.fc1"]
+    assert cells[names.index("decoder fc1"), 1] == pytest.approx(entry["kept"] / 40)
+    assert kept.images[0].get_clim() == (0, pytest.approx(cells.max())), "the darkest is the largest share"
+    assert str(entry["kept"]) in words_of(figure)
+    assert np.allclose(ranks.images[0].get_array(), 6 / 24)
+    alone = figures.kept_by_layer(neurons(low_rank=0)[0])
+    assert [axes.get_title(loc="left").partition(",")[0] for axes in alone.axes if axes.images] == ["neurons kept"]
+
+
+def test_importance_is_counted_by_kind_and_side_of_the_threshold():
+    per_matrix, analysis = neurons()
+    figure = figures.importance(figures.in_order(per_matrix), analysis)
+    plots = [axes for axes in figure.axes if axes.patches]
+    assert [axes.get_title(loc="left") for axes in plots[:2]] == ["encoder fc1", "encoder fc2"]
+    assert {axes.get_yscale() for axes in plots} == {"log"}
+    pruned, kept = plots[0].patches
+    names = ["model.encoder.layers.0.fc1", "model.encoder.layers.1.fc1"]
+    expected = sum(per_matrix[name]["kept"] for name in names)
+    assert (kept.get_data().values.sum(), pruned.get_data().values.sum()) == (expected, 80 - expected)
+    assert not (kept.get_data().values * pruned.get_data().values).any(), "the threshold is an edge of the bins"
+    least = min(float(analysis[f"importance.{name}"][analysis[f"kept_neurons.{name}"].long()].min()) for name in names)
+    assert plots[0].lines[0].get_xdata()[0] == pytest.approx(least)
+    assert {"kept", "pruned", "threshold"} <= set(words_of(figure))
+
+
+def test_importance_without_one_threshold_or_without_a_choice():
+    per_matrix, analysis = neurons(scope="matrix")
+    figure = figures.importance(per_matrix, analysis)
+    assert not any(axes.lines for axes in figure.axes), "each matrix has a threshold of its own"
+    all_alike = {name: tensor for name, tensor in analysis.items() if name.startswith("importance.")}
+    figure = figures.importance(per_matrix, all_alike)
+    assert [len(axes.patches) for axes in figure.axes] == [1] * 6
+    assert not figure.legends
+    zero = {name: torch.zeros_like(tensor) for name, tensor in all_alike.items()}
+    assert figures.to_png(figures.importance(per_matrix, zero)).startswith(b"\x89PNG")
+    assert figures.to_png(figures.importance({}, {})).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("top", "threshold"), [(3.0, None), (3.0, 0.4), (3.0, 3.0), (3.0, 1e-9), (0.0, None)])
+def test_bins_reach_from_zero_over_the_largest(top, threshold):
+    bins = figures.importance_bins(top, threshold)
+    assert bins[0] == 0
+    assert bins[-1] >= top * (1 - 1e-6)
+    assert 2 <= len(bins) <= 202
+    np.testing.assert_allclose(np.diff(bins), bins[1])
+    if threshold and threshold > 1e-6:
+        assert np.abs(bins - threshold).min() < 1e-12
+
+
+def test_singular_values_fall_from_one_on_a_log_axis():
+    per_matrix, analysis = neurons()
+    figure = figures.singular_values(per_matrix, analysis)
+    (plot,) = figure.axes
+    assert plot.get_yscale() == "log"
+    assert len(plot.lines) == 6, "the matrices of the middle layer of each stack"
+    values = plot.lines[0].get_ydata()
+    assert values[0] == 1.0
+    assert np.isnan(values[-1]), "a zero has no place on a log axis"
+    assert (np.diff(values[:-1]) < 0).all()
+    assert figures.to_png(figures.singular_values({}, {})).startswith(b"\x89PNG")
+
+
+def test_pictures_of_neurons_are_drawn_where_there_are_numbers(run):
+    report, analysis = run
+    always = [picture.name for picture in figures.pictures(report, analysis)]
+    assert not {"importance", "kept_by_layer"} & set(always)
+    per_matrix, more = neurons()
+    assert {"importance", "kept_by_layer"} < {picture.name for picture in figures.matrix_pictures(per_matrix, more)}
+    ranks = copy.deepcopy(report["rank"]["per_matrix"])
+    next(iter(ranks.values()))["compressed"] += 1
+    assert "kept_by_layer" in [picture.name for picture in figures.matrix_pictures(ranks, {})]
+
+
+def test_neurons_of_a_compact_model_are_recorded():
+    kept = torch.tensor([1, 4], dtype=torch.int32)
+    model = torch.nn.ModuleDict({"a": LowRankSparseLinear(6, 5, 2, kept=kept), "b": torch.nn.Linear(6, 5)})
+    scores = {"a": torch.rand(5, dtype=torch.float64), "b": torch.rand(5), "c": torch.rand(5, 6)}
+    found = neuron_record(scores, model)
+    assert found.keys() == {"importance.a", "kept_neurons.a", "importance.b"}
+    assert torch.equal(found["importance.a"], scores["a"].float())
+    assert found["kept_neurons.a"].tolist() == [1, 4]
 
 
 def test_figures_leave_matplotlib_settings_alone(run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .load import check_labels, load_task, tokenize
+from .load import check_labels, load_task, sampled, tokenize
 from .task_data import TaskData, make_task_data
 from .tasks import TASKS, TaskSpec, get_task
 
@@ -14,5 +14,6 @@ __all__ = [
     "get_task",
     "load_task",
     "make_task_data",
+    "sampled",
     "tokenize",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .targets import LAYER_LINEARS, LAYER_NAME, encoder_linears, find_targets
+from .targets import LAYER_LINEARS, encoder_linears, find_targets
 
 
 class Sizes(NamedTuple):
@@ -197,7 +197,7 @@ def removable_layers(model: nn.Module) -> list[Layer]:
     model_type = getattr(model.config, "model_type", "")
     if model_type not in LAYER_PARTS:
         return []
-    (stack,) = {LAYER_NAME.match(target.name)["stack"] for target in find_targets(model)}
+    (stack,) = {target.stack for target in find_targets(model)}
     layers = model.get_submodule(stack).named_children()
     return [Layer(f"{stack}.{name}", module, model_type) for name, module in layers]
 

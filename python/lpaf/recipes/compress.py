@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
 
-from ..data import tokenize
+from ..data import sampled, tokenize
 from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
@@ -63,6 +63,8 @@ class Compression:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
         self.train = self.tokenize(data.train)
+        if data.spec.is_language_modeling:  # whose examples are the blocks
+            self.train = sampled(self.train, options.max_train_samples, options.seed)
         self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
         #: what decides the weights beside the options
         self.sources = {
@@ -90,12 +92,22 @@ class Compression:
         pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
         self.prune_distill = self.distill if pruner.distill is None else pruner.distill
         self.mixed_rank_p = options.mixed_rank_p
+        #: the dense model, where it runs beside the student because its logits are too many to be kept
+        self.teacher: nn.Module | None = None
         self.findings = Findings(data.spec)
 
     def tokenize(self, examples: Dataset) -> Dataset:
         """Token ids of a split."""
         prepared, data = self.prepared, self.prepared.data
-        return tokenize(examples, prepared.tokenizer, data.spec, prepared.max_length, data.labels, spans=prepared.spans)
+        return tokenize(
+            examples,
+            prepared.tokenizer,
+            data.spec,
+            prepared.max_length,
+            data.labels,
+            spans=prepared.spans,
+            texts=prepared.texts,
+        )
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +117,9 @@ class Compression:
         with self.findings.timed("evaluate"):
             for name, split in prepared.data.validation.items():
                 encoded = self.validation[name]
-                outputs, labels = task_outputs(model, spec, split, encoded, prepared.tokenizer, prepared.spans)
+                outputs, labels = task_outputs(
+                    model, spec, split, encoded, prepared.tokenizer, prepared.spans, prepared.texts
+                )
                 self.findings.score(stage, name, outputs, labels)
         say(f"{stage}: {spec.main_metric} {self.findings.metric(stage):.4f}")
 
@@ -151,6 +165,7 @@ class Compression:
                 callbacks=callbacks,
                 resume=self.workspace.resuming,
                 terms=terms,
+                teacher=self.teacher,
             )
 
     def once(self, stage: str, work: Callable[[], Tensors]) -> Tensors:
@@ -208,11 +223,15 @@ class Compression:
     def with_teacher(self, dense: nn.Module) -> Dataset:
         """The training set with the dense model's logits as a column, if they are wanted; each example is run once.
 
-        Where the dense model also teaches layer by layer, it will run beside the model in training.
+        Where every token has a row of the vocabulary's size, nothing is kept and the dense model becomes ``teacher``,
+        which runs beside the model in training. So does one that teaches layer by layer.
         """
         if self.options.distill_layer:
             self.terms = [LayerDistillation(dense, self.options.distill_layer, self.options.bf16)]
         if self.distill == self.prune_distill == 0:
+            return self.train
+        if self.prepared.data.spec.predicts_tokens:
+            self.teacher = dense
             return self.train
 
         def work() -> Tensors:
@@ -383,7 +402,7 @@ class Compression:
 
         def finish() -> dict[str, Any]:
             report, analysis = run_record(
-                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, others
+                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, scores, others
             )
             self.publish(model, report, analysis)
             return report

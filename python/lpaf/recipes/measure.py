@@ -19,7 +19,7 @@ from ..evaluate.spectra import numerical_rank, singular_values
 from ..factorize import Factorized
 from ..models.device import device_name
 from ..report.figures import pack_mask
-from ..report.summary import rank_spread
+from ..report.summary import rank_spread, whole_rank
 from ..retrain.mixed_rank import lowrank_linears
 
 #: masks of at most this many matrices are kept for the sparsity pictures
@@ -83,7 +83,7 @@ def rank_record(
         for (name, shape), (entries, rows, columns) in zip(shapes.items(), counts, strict=True)
     }
     smallest, median, largest = rank_spread(per_matrix) or (None, None, None)
-    chosen = [entry["compressed"] for entry in per_matrix.values() if entry["compressed"] is not None]
+    chosen = [rank for entry in per_matrix.values() if (rank := whole_rank(entry)) is not None]
     record = {
         "mean_before": float(np.mean(list(ranks["dense"].values()))),
         "mean_after": float(np.mean(list(ranks["pruned" if pruned else "dense"].values()))),
@@ -104,6 +104,26 @@ def rank_record(
             if factorized.weights[name].shape == shapes[name]:  # nothing of it is gone
                 analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
     return record, analysis
+
+
+def neuron_record(scores: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the picture of the neurons' importance is drawn from: tensors for analysis.safetensors.
+
+    Args:
+        scores: matrix name -> importance of its neurons [out], as a pruner of neurons detaches them. Scores [out, in]
+            are of weights, and scores with signs are movement: both are left out.
+        model: the compact model; its ``LowRankSparseLinear`` say which neurons they keep.
+
+    Returns:
+        ``importance.NAME`` float32 [out] and, for compact layers, ``kept_neurons.NAME`` int32 [kept], on the CPU.
+    """
+    compact, analysis = lowrank_linears(model), {}
+    for name, values in scores.items():
+        if values.dim() == 1 and not (values < 0).any():
+            analysis[f"importance.{name}"] = values.detach().float().cpu()
+            if name in compact:
+                analysis[f"kept_neurons.{name}"] = compact[name].kept.detach().int().cpu()
+    return analysis
 
 
 def versions() -> dict[str, str]:

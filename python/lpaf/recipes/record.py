@@ -19,7 +19,7 @@ from ..factorize import Factorized
 from ..models.count import encoder_params, forward_macs, total_params, weight_bytes
 from ..models.targets import encoder_linears
 from ..report.summary import STAGES
-from .measure import latency_record, rank_record, versions
+from .measure import latency_record, neuron_record, rank_record, versions
 from .prepare import Prepared
 from .pruning import score_init, takes
 
@@ -83,6 +83,7 @@ def run_record(
     dense: nn.Module,
     model: nn.Module,
     factorized: Factorized,
+    scores: Mapping[str, torch.Tensor] | None,
     controls: Mapping[str, nn.Module],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures.
@@ -92,6 +93,7 @@ def run_record(
         mixed_rank_p: first probability of the sparse path.
         dense, model: before and after.
         factorized: what factorisation left behind.
+        scores: what the pruner returned.
         controls: further models made for comparison.
     """
     options, spec = prepared.options, prepared.data.spec
@@ -101,6 +103,7 @@ def run_record(
     with findings.timed("measure"):
         times = latency_record(models, options.bench_batch, options.bench_length)
         ranks, analysis = rank_record(before, factorized, model, pruned=pruner is not None)
+    analysis |= neuron_record(scores or {}, model)
     analysis |= {f"scores.{name}": scores for name, scores in findings.examples.items()}
     dense_params, compressed_params = encoder_params(dense), encoder_params(model)
     length = options.bench_length
@@ -160,6 +163,7 @@ def run_record(
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
+            **(dataclasses.asdict(prepared.texts) if spec.is_summarization else {}),
             "weighting": prepared.method.weighting,
             "device": prepared.device,
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from lpaf.report.summary import format_factor, format_percent, is_number, share, speedup
+from lpaf.report.summary import format_factor, format_percent, is_number, share, speedup, whole_rank
 
 INK = "#22272e"
 GRID = "#d4d9e0"
@@ -31,6 +31,7 @@ CURVE_COLORS = {
     "loss": "#0072b2",
     "consistency": "#d55e00",
     "distillation": "#009e73",
+    "layer_distillation": "#56b4e9",
     "keep": "#cc79a7",
     "mixed_rank_p": "#e69f00",
     "learning_rate": MUTED,
@@ -39,10 +40,12 @@ CURVE_LABELS = {
     "loss": "loss",
     "consistency": "consistency part",
     "distillation": "distillation part",
+    "layer_distillation": "layers' distillation",
     "keep": "weights kept",
     "mixed_rank_p": "mixed-rank probability",
     "learning_rate": "learning rate / its peak",
 }
+LOSS_LINES = {"loss": "-", "consistency": "--", "distillation": ":", "layer_distillation": "-."}
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -77,7 +80,11 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lpaf",
 }
+NEURON_COLORS = {"all": "#0072b2", "pruned": "#d55e00", "kept": "#009e73"}
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH = 7.6
+#: where logarithmic axes of counts begin, so that a single neuron can be seen
+FEWEST = 0.5
 LARGEST_PATTERN = 256
 DENSITY_MAP = LinearSegmentedColormap.from_list("density", ["#ffffff", "#9ecae1", "#2171b5", "#08306b"])
 
@@ -100,6 +107,20 @@ SPECTRA_CAPTION = (
     "approximation (left, lower is better) and the share of the sum of singular values that its k largest "
     "hold (right, higher is better). Lines are means over the matrices, bands hold eight matrices of ten; "
     "the upright line, where there is one, marks the rank that this model was cut to."
+)
+SINGULAR_VALUES_CAPTION = (
+    "The singular values of the matrices of a layer in the middle, largest first, relative to the largest; the axis "
+    "is logarithmic. A fast fall at the left is a subspace that the neurons share, which a low-rank part takes over; "
+    "a long, slow tail is what each neuron has of its own."
+)
+KEPT_BY_LAYER_CAPTION = (
+    "How what is stored was shared out, by layer (across) and kind of matrix (down): the rank of the low-rank part "
+    "and, where neurons are kept besides, their number. Colour is the share of full rank, or of the matrix's neurons."
+)
+IMPORTANCE_CAPTION = (
+    "How many neurons (rows of a matrix) have which importance, one panel per kind of matrix, all layers together; "
+    "the counts are on a logarithmic axis. The more of them are near zero, the less is lost with them. The upright "
+    "line, where there is one, is the importance from which on neurons were kept."
 )
 TRAINING_CAPTION = (
     "Training, one column per stage: the loss (top) and what was scheduled (bottom): the share of weights "
@@ -140,33 +161,54 @@ def _note(axes: Any, text: str) -> None:
 def matrix_place(name: str) -> tuple[int, str]:
     """The layer number and kind of a matrix: 'bert.encoder.layer.3.output.dense' -> (3, 'output.dense').
 
-    The first number in the dotted name is the layer; a name without one belongs to layer 0.
+    The first number in the dotted name is the layer; a name without one belongs to layer 0. The kinds of a decoder
+    begin with "decoder.", as an encoder may stand beside it.
     """
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdecimal():
-            return int(part), ".".join(parts[position + 1 :]) or ".".join(parts[:position])
+            kind = ".".join(parts[position + 1 :]) or ".".join(parts[:position])
+            return int(part), f"decoder.{kind}" if "decoder" in parts[:position] else kind
     return 0, name
 
 
+def matrix_stack(name: str) -> str:
+    """The list of layers that a matrix is in: 'model.decoder.layers.3.fc1' -> 'model.decoder.layers', else ''."""
+    parts = name.split(".")
+    return ".".join(parts[: next((at for at, part in enumerate(parts) if part.isdecimal()), 0)])
+
+
+def matrix_places(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """The layer number and kind of each of a model's matrices, in the order given.
+
+    Where there are several stacks of layers (encoder and decoder), kinds begin with the words that tell them apart.
+    """
+    stacks = {name: [part for part in matrix_stack(name).split(".") if part] for name in names}
+    shared = set.intersection(*(set(stack) for stack in stacks.values() if stack)) if any(stacks.values()) else set()
+    places = {}
+    for name, stack in stacks.items():
+        layer, kind = matrix_place(name)
+        places[name] = (layer, " ".join([*(part for part in stack if part not in shared), kind]))
+    return places
+
+
 def in_order(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The matrices by layer number, then by kind: the same order whatever file they were read from."""
-    return {name: per_matrix[name] for name in sorted(per_matrix, key=lambda name: (*matrix_place(name), name))}
+    """The matrices by stack (decoders last), layer number and kind: the same order whatever file they come from."""
 
+    def place(name: str) -> tuple[Any, ...]:
+        stack = matrix_stack(name)
+        return ("decoder" in stack, stack, *matrix_place(name), name)
 
-def chosen_rank(entry: Mapping[str, Any]) -> int | None:
-    """The rank of a compressed matrix's low-rank part; kept columns of S add to the whole's rank."""
-    if not is_number(entry["compressed"]):
-        return None
-    return max(int(entry["compressed"]) - int(entry.get("kept") or 0), 0)
+    return {name: per_matrix[name] for name in sorted(per_matrix, key=place)}
 
 
 def _stage_ranks(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """{stage: {matrix: rank}} for the stages that have ranks."""
     found = {
         stage: {name: int(entry[stage]) for name, entry in per_matrix.items() if is_number(entry[stage])}
-        for stage in STAGE_COLORS
+        for stage in ("dense", "pruned")
     }
+    found["compressed"] = {name: rank for name, entry in per_matrix.items() if (rank := whole_rank(entry)) is not None}
     return {stage: ranks for stage, ranks in found.items() if ranks}
 
 
@@ -195,15 +237,51 @@ def rank_distribution(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
         return figure
 
 
+def heat_map(
+    plot: Any,
+    places: Mapping[str, tuple[int, str]],
+    values: Mapping[str, int],
+    full: Mapping[str, int],
+    top: float = 1.0,
+) -> Any:
+    """The matrices by layer (across) and kind (down), each a cell coloured by its share and marked with its value.
+
+    Args:
+        places: matrix -> (layer, kind), also of matrices without a value, whose cells stay empty.
+        values: matrix -> number.
+        full: matrix -> what its number is a share of.
+        top: share of the darkest colour.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    layers = sorted({layer for layer, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    cells = np.full((len(kinds), len(layers)), np.nan)
+    plot.grid(False)
+    for name, value in values.items():
+        layer, kind = places[name]
+        row, column = kinds.index(kind), layers.index(layer)
+        cells[row, column] = value / full[name]
+        if len(layers) <= 16:
+            ink = "#ffffff" if cells[row, column] > top / 2 else "#000000"
+            plot.text(column, row, str(value), ha="center", va="center", fontsize=7.5, color=ink)
+    image = plot.imshow(cells, cmap=DENSITY_MAP, vmin=0, vmax=top, aspect="auto", interpolation="none")
+    plot.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    plot.set_yticks(range(len(kinds)), kinds)
+    plot.tick_params(length=0)
+    plot.spines[:].set_visible(False)
+    return image
+
+
 def rank_by_layer(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Heat map of ranks by layer and kind of matrix, one panel per stage whose ranks differ.
 
     Colour is the rank relative to min(out, in); a stage whose ranks differ by 1 % or less is told in words.
     """
     stages = _stage_ranks(per_matrix)
-    places = {name: matrix_place(name) for name in per_matrix}
-    layers = sorted({layer for layer, _ in places.values()})
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    places = matrix_places(per_matrix)
+    kinds = {kind for _, kind in places.values()}
     ranges = {stage: (min(ranks.values()), max(ranks.values())) for stage, ranks in stages.items()}
     equal = {stage: (low, high) for stage, (low, high) in ranges.items() if high - low <= high / 100}
     shown = {stage: ranks for stage, ranks in stages.items() if stage not in equal}
@@ -217,20 +295,7 @@ def rank_by_layer(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
             return figure
         figure, axes = grid(len(shown), 1, 0.7 + len(shown) * (0.45 + 0.25 * len(kinds)))
         for plot, (stage, ranks) in zip(axes[:, 0], shown.items(), strict=True):
-            cells = np.full((len(kinds), len(layers)), np.nan)
-            plot.grid(False)
-            for name, rank in ranks.items():
-                layer, kind = places[name]
-                row, column = kinds.index(kind), layers.index(layer)
-                cells[row, column] = rank / max(min(per_matrix[name]["shape"]), 1)
-                if len(layers) <= 16:
-                    ink = "#ffffff" if cells[row, column] > 0.5 else "#000000"
-                    plot.text(column, row, str(rank), ha="center", va="center", fontsize=7.5, color=ink)
-            image = plot.imshow(cells, cmap=DENSITY_MAP, vmin=0, vmax=1, aspect="auto", interpolation="none")
-            plot.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-            plot.set_yticks(range(len(kinds)), kinds)
-            plot.tick_params(length=0)
-            plot.spines[:].set_visible(False)
+            image = heat_map(plot, places, ranks, {name: min(per_matrix[name]["shape"]) for name in ranks})
             plot.set_title(f"{stage}, mean {np.mean(list(ranks.values())):.0f}")
         axes[-1, 0].set_xlabel("layer")
         bar = figure.colorbar(image, ax=axes[:, 0].tolist(), shrink=0.9, pad=0.01, aspect=24)
@@ -242,6 +307,156 @@ def rank_by_layer(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
                 for stage, (low, high) in equal.items()
             )
             figure.supxlabel(words, fontsize=8.5, color=MUTED, x=0.01, ha="left")
+        return figure
+
+
+def kept_by_layer(per_matrix: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Heat maps of the rank of U V and of the neurons that S keeps, by layer and kind of matrix.
+
+    Each has a colour scale of its own, which ends at its largest share; one without any rank or neuron is left out.
+    """
+    places = matrix_places(per_matrix)
+    kinds = {kind for _, kind in places.values()}
+    panels = (
+        ("compressed", "rank of the low-rank part", "of full rank", min),
+        ("kept", "neurons kept", "of all neurons", lambda shape: shape[0]),
+    )
+    shown = []
+    for key, title, label, full in panels:
+        values = {name: int(entry[key]) for name, entry in per_matrix.items() if is_number(entry[key])}
+        if any(values.values()):
+            shown.append((values, title, label, {name: full(per_matrix[name]["shape"]) for name in values}))
+    with styled():
+        if not shown:
+            figure, axes = grid(1, 1, 1.4)
+            _note(axes[0, 0], "nothing was kept")
+            return figure
+        figure, axes = grid(len(shown), 1, 0.5 + len(shown) * (0.45 + 0.25 * len(kinds)))
+        for plot, (values, title, label, full) in zip(axes[:, 0], shown, strict=True):
+            image = heat_map(plot, places, values, full, max(value / full[name] for name, value in values.items()))
+            plot.set_title(f"{title}, mean {np.mean(list(values.values())):.0f}")
+            bar = figure.colorbar(image, ax=plot, pad=0.01, aspect=14)
+            bar.set_label(label)
+            bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+            bar.outline.set_visible(False)
+        axes[-1, 0].set_xlabel("layer")
+        return figure
+
+
+def keeping_threshold(kept: np.ndarray, pruned: np.ndarray) -> float | None:
+    """The least importance of ``kept`` neurons; None where a ``pruned`` one has more: no one threshold parts them."""
+    if not len(kept) or not len(pruned) or kept.min() < pruned.max():
+        return None
+    return float(kept.min())
+
+
+def importance_bins(top: float, threshold: float | None = None, most: int = 200) -> np.ndarray:
+    """Edges of about 40 equal bins from 0 to ``top``, float64.
+
+    A threshold is one of the edges, so that no bin holds neurons from both sides of it, unless that takes more than
+    ``most`` bins.
+    """
+    width = (top or 1.0) / 40
+    if threshold:
+        exact = threshold / max(round(threshold / width), 1)
+        width = exact if top / exact <= most else width
+    return width * np.arange(int(np.ceil(top / width * (1 - 1e-9))) + 1 if top else 41)
+
+
+def importance(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, torch.Tensor]) -> Figure:
+    """Histograms of the importance of neurons by kind of matrix, with log-scaled counts (LoSparse's Figures 1 and 4).
+
+    Kept and pruned neurons are told apart where ``kept_neurons.NAME`` says which are kept, with the threshold where
+    there is one for all layers.
+    """
+    pooled: dict[str, dict[str, list[np.ndarray]]] = {}
+    for name, (_, kind) in matrix_places(per_matrix).items():
+        scores = analysis.get(f"importance.{name}")
+        if scores is None:
+            continue
+        values, groups = scores.double().numpy(), pooled.setdefault(kind, {})
+        if f"kept_neurons.{name}" not in analysis:
+            groups.setdefault("all", []).append(values)
+            continue
+        kept = np.zeros(len(values), dtype=bool)
+        kept[analysis[f"kept_neurons.{name}"].numpy()] = True
+        groups.setdefault("pruned", []).append(values[~kept])
+        groups.setdefault("kept", []).append(values[kept])
+    with styled():
+        if not pooled:
+            figure, axes = grid(1, 1, 1.4)
+            _note(axes[0, 0], "no importance was recorded")
+            return figure
+        columns = min(len(pooled), 3)
+        rows = -(-len(pooled) // columns)
+        figure, axes = grid(rows, columns, 0.7 + 1.6 * rows, sharey=True)
+        handles: dict[str, Any] = {}
+        for plot, (kind, groups) in zip(axes.flat, pooled.items(), strict=False):
+            values = {group: np.concatenate(parts) for group, parts in groups.items()}
+            threshold = keeping_threshold(values["kept"], values["pruned"]) if "kept" in values else None
+            bins = importance_bins(max(part.max(initial=0.0) for part in values.values()), threshold)
+            for group, part in values.items():
+                counts = np.histogram(np.minimum(part, bins[-1]), bins)[0]
+                options = {"fill": True, "color": NEURON_COLORS[group], "alpha": 0.7}
+                handles[group] = plot.stairs(counts, bins, baseline=FEWEST, **options)
+            if threshold is not None:
+                handles["threshold"] = plot.axvline(threshold, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+            plot.set_title(_short_kind(kind))
+            plot.set_yscale("log")
+            plot.set_ylim(bottom=FEWEST)
+            plot.set_xlim(0, bins[-1])
+            plot.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+            plot.locator_params(axis="x", nbins=4)
+        for plot in axes.flat[len(pooled) :]:
+            plot.set_axis_off()
+        figure.supxlabel("importance", fontsize=9.0)
+        figure.supylabel("neurons", fontsize=9.0)
+        if "kept" in handles:
+            figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4)
+        return figure
+
+
+def singular_values(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, torch.Tensor]) -> Figure:
+    """Singular values of every matrix of the layer in the middle, on a log axis (LoSparse's Figure 3).
+
+    One panel per stage that has them; relative to each matrix's largest, those below a millionth of it left out. Of
+    several stacks each has its middle layer.
+    """
+    places = matrix_places(per_matrix)
+    layers: dict[str, set[int]] = {}
+    for name, (layer, _) in places.items():
+        layers.setdefault(matrix_stack(name), set()).add(layer)
+    middle = {stack: sorted(numbers)[len(numbers) // 2] for stack, numbers in layers.items()}
+    names = [name for name, (layer, _) in places.items() if layer == middle[matrix_stack(name)]]
+    curves = {
+        stage: {name: analysis[key] for name in names if (key := f"singular_values.{stage}.{name}") in analysis}
+        for stage in ("dense", "pruned")
+    }
+    curves = {stage: found for stage, found in curves.items() if found}
+    with styled():
+        if not curves:
+            figure, axes = grid(1, 1, 1.4)
+            _note(axes[0, 0], "no singular values were recorded")
+            return figure
+        figure, axes = grid(1, len(curves), 3.1, sharey=True)
+        handles: dict[str, Any] = {}
+        for plot, (stage, found) in zip(axes[0], curves.items(), strict=True):
+            for name, tensor in found.items():
+                values = np.sort(tensor.double().numpy())[::-1] / max(float(tensor.max()), np.finfo(float).tiny)
+                number = names.index(name)
+                (handles[places[name][1]],) = plot.plot(
+                    np.arange(1, len(values) + 1),
+                    np.where(values > 1e-6, values, np.nan),
+                    color=LINE_COLORS[number % len(LINE_COLORS)],
+                    linestyle=("-", "--", ":")[number // len(LINE_COLORS) % 3],
+                    linewidth=1.3,
+                )
+            plot.set_yscale("log")
+            plot.set_xlim(left=0)
+            plot.set_title(f"{stage}, layer {', '.join(str(layer) for layer in sorted(set(middle.values())))}")
+            plot.set_xlabel("singular value, largest first")
+        axes[0, 0].set_ylabel("share of the largest")
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
         return figure
 
 
@@ -277,8 +492,11 @@ def block_density(mask: np.ndarray, largest: int = LARGEST_PATTERN) -> np.ndarra
 
 def _short_name(name: str) -> str:
     layer, kind = matrix_place(name)
-    kind = kind.replace("attention.", "att.").replace("intermediate", "interm.")
-    return f"layer {layer} {kind}"
+    return f"layer {layer} {_short_kind(kind)}"
+
+
+def _short_kind(kind: str) -> str:
+    return kind.replace("attention.", "att.").replace("intermediate.", "interm.")
 
 
 def sparsity_patterns(
@@ -379,8 +597,8 @@ def spectra(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mapping[str, 
         lengths = {len(error) - 1 for found in curves.values() for error, _ in found}
         full = lengths.pop() if len(lengths) == 1 else None
         scale, shares = full or 1, np.linspace(0, 1, (full or 400) + 1)
-        ranks = [(chosen_rank(entry), min(entry["shape"])) for entry in per_matrix.values()]
-        marks = [rank * scale / size for rank, size in ranks if rank is not None]
+        ranks = [(entry["compressed"], min(entry["shape"])) for entry in per_matrix.values()]
+        marks = [rank * scale / size for rank, size in ranks if is_number(rank) and rank > 0]
         chosen = float(np.mean(marks)) if marks else None
         titles = ("relative reconstruction error", "share of the sum of singular values")
         for which, (plot, title) in enumerate(zip(axes[0], titles, strict=True)):
@@ -434,7 +652,7 @@ def training_curves(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
         handles: dict[str, Any] = {}
         for column, (stage, records) in enumerate(stages.items()):
             losses, schedule = axes[0, column], axes[1, column]
-            for key in ("loss", "consistency", "distillation"):
+            for key in LOSS_LINES:
                 steps, values = _series(records, key)
                 if len(steps):
                     (handles[key],) = losses.plot(
@@ -442,7 +660,7 @@ def training_curves(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
                         values,
                         color=CURVE_COLORS[key],
                         linewidth=1.5 if key == "loss" else 1.1,
-                        linestyle={"loss": "-", "consistency": "--", "distillation": ":"}[key],
+                        linestyle=LOSS_LINES[key],
                         marker="o" if len(steps) < 3 else None,
                         markersize=3,
                     )
@@ -529,9 +747,18 @@ def matrix_pictures(per_matrix: Mapping[str, Mapping[str, Any]], analysis: Mappi
         found.append(Picture("rank_distribution", "Ranks", RANK_DISTRIBUTION_CAPTION, figure))
         figure = rank_by_layer(per_matrix)
         found.append(Picture("rank_by_layer", "Ranks by layer", RANK_BY_LAYER_CAPTION, figure))
+    stored = [(entry["compressed"], entry["kept"]) for entry in per_matrix.values() if is_number(entry["compressed"])]
+    if any(kept for _, kept in stored) or len({rank for rank, _ in stored}) > 1:
+        figure = kept_by_layer(per_matrix)
+        found.append(Picture("kept_by_layer", "What each matrix stores", KEPT_BY_LAYER_CAPTION, figure))
+    if any(key.startswith("importance.") for key in analysis):
+        figure = importance(per_matrix, analysis)
+        found.append(Picture("importance", "Importance of neurons", IMPORTANCE_CAPTION, figure))
     if any(key.startswith("singular_values.") for key in analysis):
         figure = spectra(per_matrix, analysis)
         found.append(Picture("spectra", "What a cut to rank k loses", SPECTRA_CAPTION, figure))
+        figure = singular_values(per_matrix, analysis)
+        found.append(Picture("singular_values", "Singular values of one layer", SINGULAR_VALUES_CAPTION, figure))
     if any(key.startswith("mask.") for key in analysis):
         figure = sparsity_patterns(per_matrix, analysis)
         found.append(Picture("sparsity_patterns", "Sparsity patterns", SPARSITY_CAPTION, figure))

@@ -20,13 +20,14 @@ from lpaf.report.figures import (
     in_order,
     matrix_pictures,
     matrix_place,
+    matrix_stack,
     pack_mask,
     pictures,
     to_png,
     unpack_mask,
 )
 from lpaf.report.html import folded, matrix_table, page, picture_section, section, table
-from lpaf.report.summary import MISSING, Headline, format_percent, format_rank, headlines, is_number
+from lpaf.report.summary import MISSING, Headline, format_percent, format_rank, headlines, is_number, whole_rank
 from lpaf.report.write import ANALYSIS_FILE, REPORT_FILE, validate_report
 
 WEIGHTS_FILE = "model.safetensors"
@@ -112,8 +113,11 @@ def _summary(per_matrix: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     entries = list(per_matrix.values())
     return {
         "matrices": len(entries),
-        "layers": len({matrix_place(name)[0] for name in per_matrix}),
-        "mean_rank": {stage: _mean([entry[stage] for entry in entries]) for stage in ("dense", "pruned", "compressed")},
+        "layers": len({(matrix_stack(name), matrix_place(name)[0]) for name in per_matrix}),
+        "mean_rank": {
+            **{stage: _mean([entry[stage] for entry in entries]) for stage in ("dense", "pruned")},
+            "compressed": _mean([whole_rank(entry) for entry in entries]),
+        },
         "mean_effective_rank": {
             stage: _mean([entry["effective_rank"].get(stage) for entry in entries]) for stage in ("dense", "pruned")
         },

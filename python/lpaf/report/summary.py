@@ -217,6 +217,14 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
     return rows
 
 
+def whole_rank(entry: Mapping[str, Any]) -> int | None:
+    """The rank of a compressed matrix U V + S: that of U V (``compressed``) and one more for each kept neuron, at most
+    full rank; None where nothing was compressed."""
+    if not is_number(entry["compressed"]):
+        return None
+    return min(int(entry["compressed"]) + int(entry["kept"] or 0), *entry["shape"])
+
+
 def rank_spread(per_matrix: Mapping[str, Any]) -> tuple[int, float, int] | None:
     """(smallest, median, largest) rank of the compressed matrices, or None when there are none."""
     ranks = [entry["compressed"] for entry in per_matrix.values() if is_number(entry["compressed"])]
@@ -253,6 +261,20 @@ _USE = {
         """output = model(**batch)
 start, end = output.start_logits.argmax(), output.end_logits.argmax()
 print(tokenizer.decode(batch.input_ids[0, start : end + 1]))
+""",
+    ),
+    "summarization": (
+        "AutoModelForSeq2SeqLM",
+        '["a text to summarise"]',
+        """written = model.generate(**batch, num_beams=4, max_new_tokens=128)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+""",
+    ),
+    "language-modeling": (
+        "AutoModelForCausalLM",
+        '["The beginning of a text"]',
+        """written = model.generate(**batch, max_new_tokens=40)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
 """,
     ),
 }

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import model_inputs
+from ..data.texts import IGNORED
+from ..models.outputs import forward_inputs
 
 #: fields of a model's outputs with the hidden states of a stack of layers, the embeddings' first
 STACKS = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-#: label of positions that are padding
-IGNORED = -100
 
 
 def layer_states(outputs: Any) -> dict[str, Sequence[torch.Tensor]]:
@@ -97,7 +96,7 @@ class LayerDistillation:
         self.teacher.eval()
         device = next(self.teacher.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return layer_states(self.teacher(**model_inputs(batch), output_hidden_states=True))
+            return layer_states(self.teacher(**forward_inputs(self.teacher, batch), output_hidden_states=True))
 
     def __call__(self, model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         taught, losses = layer_states(outputs), []
