@@ -43,7 +43,9 @@ def chosen(method: str, pruner: str | None = None, keep: float = 0.3) -> list[st
     """The options that choose a chain, its size, and what its pruner is told."""
     words = ["--method", method, *(["--pruner", pruner] if pruner else [])]
     by_ratio = METHODS[method].factorizer is None or METHODS[method].proportional
-    words += ["--ratio", "0.5"] if by_ratio else ["--rank", "4"]
+    structured = METHODS[method].compact and PRUNERS[METHODS[method].pruner].structured
+    ratio = "1.0" if structured and keep == 1.0 else "0.5"
+    words += ["--ratio", ratio] if by_ratio else ["--rank", "4"]
     for field, value in {"keep": keep, "prune_lr": 2e-3}.items():
         if field not in METHODS[method].idle({"pruner": pruner}):
             words += [flag(field), str(value)]

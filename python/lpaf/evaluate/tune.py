@@ -20,6 +20,7 @@ from lpaf_kernels.tuning.tune_lowrank_attention import batches
 
 from ..errors import InputError
 from ..models.checkpoint import is_compressed, load_config
+from ..models.quantizer import CompressionConfig, remove_parts
 
 DIRECTIONS = {"inference": ("forward",), "training": ("forward", "backward")}
 
@@ -80,13 +81,15 @@ def _read(model: str) -> tuple[nn.Module, dict[str, tuple[int, int, int, int]]]:
     if not is_compressed(config):
         raise InputError(f"--model {model}: is not compressed; pass the output of lpaf compress, or --shape")
     quantization = config.quantization_config
-    modules = quantization["modules"] if isinstance(quantization, dict) else quantization.modules
+    if isinstance(quantization, dict):
+        quantization = CompressionConfig(**quantization)
     del config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModel.from_config(config)
+        remove_parts(skeleton, quantization)
     dense = dict(skeleton.named_modules())
     layers = {}
-    for name, entry in modules.items():
+    for name, entry in quantization.modules.items():
         if name not in dense:
             raise InputError(f"--model {model}: its config.json compresses {name!r}, which the model does not have")
         linear = dense[name]

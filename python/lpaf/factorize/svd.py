@@ -22,9 +22,10 @@ CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class Factorized:
-    """What factorisation leaves behind: relative errors ``||D(W - AB)||_F / ||DW||_F`` and the matrices it replaced."""
+    """What factorisation leaves behind: relative errors ``||D(W - AB)||_F / ||DW||_F`` and the matrices it replaced.
+    The error of a matrix that lost rows or columns is None."""
 
-    errors: dict[str, float]
+    errors: dict[str, float | None]
     weights: dict[str, torch.Tensor]
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MixedRankLinear
 
 from ..errors import InputError
+from .blocks import removable_layers
 from .targets import encoder_linears, find_targets
 
 Shape = tuple[int, int]
@@ -95,7 +96,10 @@ def forward_macs(model: nn.Module, sequence_length: int) -> int:
     linears = encoder_linears(model)
     calls = layers // getattr(config, "num_hidden_groups", layers)
     per_token = sum(linear_macs(module) for module in linears.values()) * calls
-    attention = attention_blocks(model) * 2 * sequence_length**2 * attention_width(config)
+    prunable = removable_layers(model)
+    widths = [layer.sizes.heads * layer.head_size for layer in prunable if layer.sizes.heads]
+    features = sum(widths) if prunable else attention_blocks(model) * attention_width(config)
+    attention = 2 * sequence_length**2 * features
     return per_token * sequence_length + attention
 
 

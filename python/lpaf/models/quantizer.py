@@ -11,7 +11,7 @@ checks both itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, swap_linears
 
 from ..errors import InputError
+from .blocks import Sizes, removable_layers, removed_sizes
 from .conv1d import features, use_linears
 from .t5 import leave_out_casts
 from .targets import encoder_linears
 
 QUANT_METHOD = "lpaf"
-FORMAT_VERSION = 1
+#: 2: parts of layers are gone
+FORMAT_VERSION = 2
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -40,7 +42,9 @@ class CompressionConfig(QuantizationConfigMixin):
         rank: instead of ``modules``, for a dense checkpoint: factorise every encoder linear at this rank on the fly
             (plain truncated SVD, no retraining).
         keep: with ``rank``: share of output neurons whose residual is kept in S. Default: 0.
-        format_version: version of this layout.
+        format_version: version of this layout. Default: the first that has what is asked for.
+        layers: layer name, relative to the base model -> [attention heads, feed-forward neurons] that it has left, 0
+            where the block is gone; for layers that have less than the configuration says. Default: none.
     """
 
     def __init__(
@@ -49,11 +53,14 @@ class CompressionConfig(QuantizationConfigMixin):
         method: str | None = None,
         rank: int | None = None,
         keep: float = 0.0,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
+        layers: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method: expected {QUANT_METHOD!r}, got {quant_method!r}")
+        if format_version is None:
+            format_version = 2 if layers else 1
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version: this checkpoint has layout {format_version}, this lpaf reads up to {FORMAT_VERSION}; "
@@ -67,6 +74,14 @@ class CompressionConfig(QuantizationConfigMixin):
         self.rank = rank
         self.keep = keep
         self.format_version = format_version
+        self.layers = {name: list(sizes) for name, sizes in (layers or {}).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: layout 1 has no ``layers``."""
+        written = super().to_dict()
+        if not self.layers:
+            del written["layers"]
+        return written
 
 
 def base_name(model: nn.Module, name: str) -> str:
@@ -74,8 +89,21 @@ def base_name(model: nn.Module, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
+def remove_parts(model: nn.Module, config: CompressionConfig) -> None:
+    """Remove from the layers of a dense ``model`` what ``config`` says they lack, or InputError."""
+    found = {base_name(model, layer.name): layer for layer in removable_layers(model)} if config.layers else {}
+    for name, (heads, neurons) in config.layers.items():
+        sizes = found[name].sizes if name in found else Sizes(0, 0)
+        if not (0 <= heads <= sizes.heads and 0 <= neurons <= sizes.neurons):
+            raise InputError(
+                f"model: the checkpoint has {heads} heads and {neurons} neurons in {name!r}, which "
+                f"{type(model).__name__} does not have; its config.json does not belong to this model class"
+            )
+        found[name].shrink(Sizes(heads, neurons))
+
+
 def compression_config(model: nn.Module, method: str | None) -> CompressionConfig:
-    """The configuration that rebuilds the ``LowRankSparseLinear`` layers of ``model``.
+    """The configuration that rebuilds the ``LowRankSparseLinear`` layers of ``model`` and leaves out what it lacks.
 
     Raises InputError for a model that is still being pruned.
     """
@@ -87,7 +115,8 @@ def compression_config(model: nn.Module, method: str | None) -> CompressionConfi
         for name, module in model.named_modules()
         if isinstance(module, LowRankSparseLinear)
     }
-    return CompressionConfig(modules=modules, method=method)
+    layers = {base_name(model, name): list(sizes) for name, sizes in removed_sizes(model).items()}
+    return CompressionConfig(modules=modules, method=method, layers=layers)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -103,6 +132,7 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
+        remove_parts(model, config)
         names = {base_name(model, name): name for name, _ in model.named_modules()}
         for relative, entry in config.modules.items():
             if relative not in names:
@@ -141,10 +171,18 @@ class CompressionQuantizer(HfQuantizer):
                 self._check_loaded(name, module, modules[base_name(model, name)])
                 if self._dtype is not None:
                     module.to(self._dtype)
+        for layer in removable_layers(model) if self.quantization_config.layers else ():
+            for role in layer.roles:
+                linear = layer.linear(role)
+                if isinstance(linear, nn.Linear):
+                    shape = linear.out_features, linear.in_features
+                    self._check_tensors(
+                        f"{layer.name}.{layer.roles[role]}", linear, {"weight": shape, "bias": shape[:1]}
+                    )
         return model
 
-    @staticmethod
-    def _check_loaded(name: str, module: LowRankSparseLinear, entry: Mapping[str, int]) -> None:
+    @classmethod
+    def _check_loaded(cls, name: str, module: LowRankSparseLinear, entry: Mapping[str, int]) -> None:
         rank, kept = entry["rank"], entry.get("kept", 0)
         expected = {
             "down": (rank + kept, module.in_features),
@@ -152,6 +190,12 @@ class CompressionQuantizer(HfQuantizer):
             "bias": (module.out_features,),
             "kept": (kept,),
         }
+        cls._check_tensors(name, module, expected)
+        if kept:
+            module.check_kept()
+
+    @staticmethod
+    def _check_tensors(name: str, module: nn.Module, expected: Mapping[str, tuple[int, ...]]) -> None:
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
@@ -161,8 +205,6 @@ class CompressionQuantizer(HfQuantizer):
                 )
             if tensor.numel() and not getattr(tensor, "_is_hf_initialized", False):
                 raise InputError(f"model: tensor {name}.{key} is missing from the checkpoint; it was not saved whole")
-        if kept:
-            module.check_kept()
 
     def is_serializable(self) -> bool:
         return True

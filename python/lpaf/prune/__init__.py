@@ -17,6 +17,8 @@ State between steps lives in parameters and buffers of the model, so that checkp
 attributes' defaults.
 """
 
+from .cofi import CofiPruner
+from .cofi_losparse import CofiLoSparsePruner
 from .contrastive import ContrastivePruner
 from .importance import ImportancePruner
 from .lottery_ticket import LotteryTicketPruner
@@ -40,10 +42,14 @@ PRUNERS = {
     "lottery-ticket": LotteryTicketPruner,
     "importance": ImportancePruner,
     "neuron-movement": NeuronMovementPruner,
+    "cofi": CofiPruner,
+    "cofi+losparse": CofiLoSparsePruner,
 }
 
 __all__ = [
     "PRUNERS",
+    "CofiLoSparsePruner",
+    "CofiPruner",
     "ContrastivePruner",
     "CubicSchedule",
     "GradualMagnitudePruner",

@@ -34,8 +34,11 @@ class Pruner:
     Class attributes, for those that differ:
         trains: False prunes in :meth:`detach` alone; there is no callback then.
         learned_scores: an optimizer moves the scores, at a rate of their own.
+        score_lr: that rate, unless the recipe asks for another.
         looks_back: needs :meth:`look_around` before it is attached.
         budgeted: what it keeps and at which rank follow from ``--ratio``, the share of the weights that is stored.
+        structured: removes heads, neurons or blocks of known model types, and is told ``ratio``, the share of the
+            weights that is to stay.
         distill: the weight of logit distillation that belongs to the method, whatever the recipe's.
         rounds: training stages before the last one. Each ends with ``end_round(model, number)``, number from 1, which
             returns tensors; the next begins with ``next_round(model, tensors)``, in a resumed run perhaps with those
@@ -44,8 +47,10 @@ class Pruner:
 
     trains: bool = True
     learned_scores: bool = False
+    score_lr: float = 1e-2
     looks_back: bool = False
     budgeted: bool = False
+    structured: bool = False
     distill: float | None = None
     rounds: int = 0
 

@@ -46,7 +46,7 @@ from ..retrain.trainer import Term, TrainOptions, train_stage
 from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
-from .pruning import make_pruner, score_init
+from .pruning import make_pruner, score_init, score_lr
 from .record import Findings, run_record
 from .stages import StageStore, Tensors, stage_key
 from .workspace import Workspace, explain_os_error
@@ -134,7 +134,7 @@ class Compression:
         return TrainOptions(
             epochs=epochs,
             learning_rate=learning_rate,
-            score_learning_rate=options.score_lr,
+            score_learning_rate=score_lr(self.prepared.method.pruner, options),
             batch_size=options.batch_size,
             seed=options.seed + offset,
             checkpoint_steps=options.checkpoint_steps,
@@ -196,6 +196,8 @@ class Compression:
         }
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
+            if PRUNERS[method.pruner].structured:
+                settings |= {"ratio": self.options.ratio}
             if self.prepared.neurons is not None:
                 settings |= {"ranks": self.prepared.neurons.ranks, "keep": self.prepared.neurons.keep}
         return stage_key(settings)
@@ -340,7 +342,12 @@ class Compression:
         """What pruning has left of every matrix of ``model``, and how far it is from that of ``dense``."""
         before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
         weights = {name: layer.weight.detach() for name, layer in encoder_linears(model).items()}
-        errors = {name: float((before[name] - weights[name]).norm() / before[name].norm()) for name in weights}
+        errors = {
+            name: float((before[name] - weight).norm() / before[name].norm())
+            if weight.shape == before[name].shape
+            else None  # rows or columns are gone: there is nothing to hold against each other
+            for name, weight in weights.items()
+        }
         return Factorized(errors, weights)
 
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:

@@ -101,7 +101,8 @@ def rank_record(
     if pruned:
         middle = len(shapes) // 2 // PICTURED_MASKS * PICTURED_MASKS
         for name in list(shapes)[middle : middle + PICTURED_MASKS]:
-            analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
+            if factorized.weights[name].shape == shapes[name]:  # nothing of it is gone
+                analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
     return record, analysis
 
 

@@ -151,6 +151,20 @@ METHODS = {
             low_rank_share=1.0,
         ),
         Method(
+            "cofi",
+            "blocks, heads and neurons removed by gates that learn, for a Lagrangian target (Xia et al., 2022)",
+            pruner="cofi",
+            factorizer=None,
+            compact=True,
+        ),
+        Method(
+            "cofi+losparse",
+            "losparse with blocks and heads removed as cofi does (Li et al., 2023, section 4.6)",
+            pruner="cofi+losparse",
+            factorizer=None,
+            compact=True,
+        ),
+        Method(
             "truncate",
             "the first layers of the fine-tuned model, retrained without a teacher",
             pruner=None,

@@ -131,7 +131,9 @@ class CompressOptions:
     batch_size: int = option(32, "examples per update", "training", metavar="N")
     finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")
     prune_lr: float = option(5e-5, "learning rate of the weights while pruning", "training", metavar="X")
-    score_lr: float = option(1e-2, "learning rate of the pruning scores", "training", metavar="X")
+    score_lr: float | None = option(
+        None, "learning rate of the pruning scores (default: 0.01; of cofi's gates 0.1)", "training", metavar="X"
+    )
     retrain_lr: float = option(4e-4, "learning rate of retraining", "training", metavar="X")
     freeze_embeddings: bool = option(False, "train no embeddings while pruning and retraining (faster)", "training")
     distill: float | str = option(

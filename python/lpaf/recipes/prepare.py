@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..data import TaskData, check_labels, get_task, load_task
 from ..data.spans import SpanOptions, span_options
 from ..data.texts import TextOptions, text_options
 from ..errors import InputError
+from ..models.blocks import check_removable, least_ratio
 from ..models.checkpoint import check_kind, is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
@@ -139,8 +141,12 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
     rank = budget = ranks = layers = neurons = None
-    if method.compact:
-        neurons = budget_of(shapes, options, method.low_rank_share)
+    if method.compact and PRUNERS[method.pruner].structured:
+        check_structures(model, method, options)
+    if method.compact and PRUNERS[method.pruner].budgeted:
+        neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
+    elif method.compact:
+        pass
     elif method.factorizer is None:
         layers = layers_for_ratio(model, options.ratio)
     elif method.proportional:
@@ -176,6 +182,17 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         finetune_epochs=epochs,
         device=device,
     )
+
+
+def check_structures(model: nn.Module, method: Method, options: CompressOptions) -> None:
+    """InputError unless structures of ``model`` can be removed until ``--ratio`` is left."""
+    check_removable(model.config.model_type, f"--method {method.name}")
+    least = least_ratio(model)
+    if options.ratio < least:
+        raise InputError(
+            f"--ratio {options.ratio:g}: one feed-forward neuron is {math.ceil(least * 1e4) / 1e4:g} of the encoder "
+            "already; pass at least that"
+        )
 
 
 def needs_pretrained(method: Method, prune_from: str) -> bool:

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..models.count import Shape
 from ..models.neurons import NeuronBudget, default_low_rank_share, neuron_budget
 from ..prune import PRUNERS, Pruner
+from ..prune.cofi_losparse import losparse_ratio
 from .options import PRUNER_CHOICES, CompressOptions, flag
 
 #: field of CompressOptions -> argument of the pruners whose signature has it
@@ -45,6 +46,11 @@ def score_init(pruner: str | None, options: CompressOptions) -> float | None:
     return 0.0 if pruner == "soft-movement" else SCORE_INIT
 
 
+def score_lr(pruner: str | None, options: CompressOptions) -> float:
+    """The learning rate of the scores of ``pruner``."""
+    return options.score_lr or PRUNERS.get(pruner, Pruner).score_lr
+
+
 def takes(pruner: str, field: str) -> bool:
     """Whether the option means something to the pruner called ``pruner``."""
     cls = PRUNERS[pruner]
@@ -75,15 +81,20 @@ def check_pruner_options(pruner: str | None, options: CompressOptions, low_rank_
         raise InputError(f"{flag(field.name)}: is for {meant}; {instead}")
 
 
-def budget_of(shapes: Mapping[str, Shape], options: CompressOptions, low_rank_share: float | None) -> NeuronBudget:
-    """What ``--ratio`` buys a pruner of neurons, or InputError; ``low_rank_share`` is that of the method."""
+def budget_of(
+    shapes: Mapping[str, Shape], pruner: str, options: CompressOptions, low_rank_share: float | None
+) -> NeuronBudget:
+    """What ``--ratio`` buys ``pruner``, one of neurons, or InputError; ``low_rank_share`` is that of the method."""
     if low_rank_share is not None:
         share = low_rank_share * options.ratio
     elif options.low_rank_share is not None:
         share = options.low_rank_share
     else:
         share = default_low_rank_share(options.ratio)
-    return neuron_budget(shapes, options.ratio, share)
+    budget = neuron_budget(shapes, options.ratio, share)
+    if PRUNERS[pruner].structured:  # there is more for the rows of what is not removed
+        budget = neuron_budget(shapes, losparse_ratio(options.ratio), share)
+    return budget
 
 
 def make_pruner(name: str, options: CompressOptions, budget: NeuronBudget | None = None) -> Pruner:
@@ -97,4 +108,6 @@ def make_pruner(name: str, options: CompressOptions, budget: NeuronBudget | None
         for field, argument in ARGUMENTS.items()
         if argument in parameters and given[field] is not None
     }
+    if PRUNERS[name].structured:
+        arguments["ratio"] = options.ratio
     return PRUNERS[name](**arguments)

@@ -23,11 +23,15 @@ METHODS = {
     "svd": "truncated singular value decomposition of the fine-tuned matrices, then fine-tuning",
     "truncate": "the first layers of the fine-tuned model, fine-tuned again",
     "kd": "the first layers of the fine-tuned model, trained on its logits (knowledge distillation)",
+    "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
+    "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
 TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
     "truncate": ("truncated",),
+    "cofi": ("pruning", "structured-pruning"),
+    "cofi+losparse": ("low-rank", "pruning", "structured-pruning"),
     "kd": ("truncated", "knowledge-distillation"),
 }
 #: problem -> the Hub's name for what a model does

@@ -30,6 +30,9 @@ from .objective import Objective
 
 COMPLETE = "complete"
 
+#: how the names of pruning scores end
+SCORES = (".scores", ".log_alpha")
+
 #: (model, outputs, batch) -> {name: 0-d loss}, each added to the loss and logged by its name. The model may be wrapped
 #: for many processes; outputs has hidden_states; batch holds what the collator made, and ``index``, the place of each
 #: example in the stage's dataset.
@@ -75,8 +78,8 @@ def make_optimizer(model: nn.Module, options: TrainOptions, decayed: set[str]) -
     """AdamW with three groups: the weights named in ``decayed``, the others (biases, norms), and pruning scores at
     their own rate."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scores = [p for name, p in trained if name.endswith(".scores")]
-    rest = [(name, p) for name, p in trained if not name.endswith(".scores")]
+    scores = [p for name, p in trained if name.endswith(SCORES)]
+    rest = [(name, p) for name, p in trained if not name.endswith(SCORES)]
     groups = [
         {"params": [p for name, p in rest if name in decayed], "weight_decay": options.weight_decay},
         {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
