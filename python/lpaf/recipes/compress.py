@@ -41,6 +41,7 @@ from ..report.write import write_report
 from ..retrain import RETRAINERS
 from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
+from .calibrate import calibration_fingerprint, choose, input_moments
 from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
@@ -61,8 +62,11 @@ class Compression:
     def __init__(self, prepared: Prepared, command: str) -> None:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
-        self.train = self.tokenize(data.train)
+        self.train = None if data.train is None else self.tokenize(data.train)
         self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
+        self.calibration = None
+        if prepared.calibration is not None:
+            self.calibration = choose(self.tokenize(prepared.calibration), options)
         #: what decides the weights beside the options
         self.sources = {
             "data": data.fingerprint,
@@ -72,6 +76,7 @@ class Compression:
         processes = process_place()[1]
         settings = options.to_dict(without=RUN_OPTIONS) | self.sources
         settings |= {"processes": processes, "force": options.forced}
+        settings |= {"calibration_data": calibration_fingerprint(options)}
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -197,7 +202,9 @@ class Compression:
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
         """The training set with the dense model's logits as a column; each example is run once."""
-        if self.distill == self.prune_distill == 0:
+        trains_pruner = self.prepared.method.pruner is not None and PRUNERS[self.prepared.method.pruner].trains
+        taught = {self.distill if self.options.retrain_epochs else 0.0, self.prune_distill if trains_pruner else 0.0}
+        if taught == {0.0}:
             return self.train
 
         def work() -> Tensors:
@@ -254,13 +261,24 @@ class Compression:
         objective = self.objective(distill=self.prune_distill)
         self.run_stage(stage, model, train_set, objective, train, callbacks=[callback], terms=terms)
 
+    def calibrate(self, model: nn.Module) -> None:
+        """Find what enters the matrices of ``model`` on the calibration data: ``self.moments``, None without any."""
+        self.moments, self.calibrated = None, None
+        if self.calibration is not None:
+            prepared = self.prepared
+            with self.findings.timed("calibrate"):
+                self.moments, found = input_moments(
+                    model, self.calibration, prepared.tokenizer, prepared.data.spec.problem, self.options.batch_size
+                )
+            self.calibrated = {"source": self.options.calibration, **found}
+
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
         prepared, shapes = self.prepared, matrix_shapes(model)
         if prepared.rank is not None:
             return dict.fromkeys(shapes, prepared.rank)
         with self.findings.timed("factorize"):
-            spectra = weighted_spectra(model, scores, prepared.method.weighting)
+            spectra = weighted_spectra(model, scores, prepared.method.weighting, moments=self.moments)
         largest = largest_ranks(shapes, self.options.force)
         if prepared.budget is not None:
             return allocate_ranks(comparable(spectra, shapes), shapes, prepared.budget, largest)
@@ -283,7 +301,8 @@ class Compression:
         """Replace the encoder linears of ``model`` by factors of ``rank``, in place."""
         method = self.prepared.method
         with self.findings.timed("factorize"):
-            factorized = FACTORIZERS[method.factorizer](rank=rank, weighting=method.weighting)(model, scores)
+            factorizer = FACTORIZERS[method.factorizer](rank=rank, weighting=method.weighting)
+            factorized = factorizer(model, scores, self.moments)
         self.evaluate(stage, model)
         return factorized
 
@@ -295,7 +314,9 @@ class Compression:
         return student, Factorized(dict.fromkeys(weights, 0.0), weights)
 
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
-        """Retrain the factorised ``model`` in place."""
+        """Retrain the factorised ``model`` in place; not at all where no epochs are asked for."""
+        if not self.options.retrain_epochs:
+            return
         method, options = self.prepared.method, self.options
         epochs = options.retrain_epochs
         if method.pruner is None or not PRUNERS[method.pruner].trains:
@@ -333,6 +354,7 @@ class Compression:
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
         ranks = None
+        self.calibrate(sparse)
         if self.prepared.layers is None:
             ranks = self.ranks(sparse, scores)
             if self.mixed_rank_p is None:
@@ -346,7 +368,15 @@ class Compression:
 
         def finish() -> dict[str, Any]:
             report, analysis = run_record(
-                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, others
+                self.prepared,
+                self.findings,
+                self.command,
+                self.mixed_rank_p,
+                dense,
+                model,
+                factorized,
+                others,
+                self.calibrated,
             )
             self.publish(model, report, analysis)
             return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
+from .calibrate import check_calibration, check_retraining
 from .options import CompressOptions
 from .pruning import check_pruner_options
 
@@ -49,13 +50,16 @@ class Method:
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
-        return replace(
+        method = replace(
             self,
             pruner=pruner,
             weighting=weighting,
             retrainer=self.retrainer if options.mixed_rank else "plain",
             consistency=self.consistency and options.consistency,
         )
+        check_calibration(method, options)
+        check_retraining(method, options)
+        return method
 
 
 METHODS = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 
@@ -19,8 +20,9 @@ from ..models.positions import resolve_length
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
+from .calibrate import load_calibration
 from .methods import Method, get_method
-from .options import CompressOptions, answer_fields
+from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields
 from .workspace import check_output, is_published
 
 #: ends of the names of architectures that look back only
@@ -32,7 +34,8 @@ class Prepared:
     """A validated run: nothing has been written yet.
 
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
-    they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps.
+    they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps. ``calibration``:
+    the examples of ``--calibration``.
     """
 
     options: CompressOptions
@@ -47,6 +50,7 @@ class Prepared:
     layers: int | None
     finetune_epochs: float
     device: str
+    calibration: Dataset | None = None
 
 
 def default_mixed_rank_p(ratio: float) -> float:
@@ -106,7 +110,9 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         test_file=options.test_file,
         max_train_samples=options.max_train_samples,
         seed=options.seed,
+        evaluation_only=not reads_training_data(options, method),
     )
+    calibration = load_calibration(data, options)
     tokenizer = load_tokenizer(options.model)
     set_seed(options.seed)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -144,7 +150,14 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         layers=layers,
         finetune_epochs=epochs,
         device=device,
+        calibration=calibration,
     )
+
+
+def reads_training_data(options: CompressOptions, method: Method) -> bool:
+    """Whether anything is trained, or calibrated on the training set."""
+    pruned = method.pruner is not None and PRUNERS[method.pruner].trains
+    return options.trains or pruned or options.calibration == CALIBRATE_ON_TRAINING
 
 
 def needs_pretrained(method: Method, prune_from: str) -> bool:

@@ -84,6 +84,7 @@ def run_record(
     model: nn.Module,
     factorized: Factorized,
     controls: Mapping[str, nn.Module],
+    calibrated: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures.
 
@@ -93,9 +94,11 @@ def run_record(
         dense, model: before and after.
         factorized: what factorisation left behind.
         controls: further models made for comparison.
+        calibrated: what ``input_moments`` recorded.
     """
     options, spec = prepared.options, prepared.data.spec
     pruner = prepared.method.pruner
+    mixed_rank = prepared.method.retrainer == "mixed-rank" and options.retrain_epochs > 0
     before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
     models = {"dense": dense, "compressed": model, **controls}
     with findings.timed("measure"):
@@ -146,6 +149,7 @@ def run_record(
             for name, control in controls.items()
         },
         "rank": ranks,
+        "calibration": calibrated,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),
@@ -155,7 +159,9 @@ def run_record(
             "pruner": pruner,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
-            "mixed_rank_p": mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
+            "mixed_rank_p": mixed_rank_p
+            if prepared.method.retrainer == "mixed-rank" and options.retrain_epochs
+            else None,
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
@@ -163,7 +169,7 @@ def run_record(
             "device": prepared.device,
         },
         "data": {
-            "train": len(prepared.data.train),
+            "train": len(prepared.data.train or ()),
             "validation": {name: len(split) for name, split in prepared.data.validation.items()},
             "fingerprint": prepared.data.fingerprint,
         },
