@@ -159,9 +159,7 @@ def run_record(
             "pruner": pruner,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
-            "mixed_rank_p": mixed_rank_p
-            if prepared.method.retrainer == "mixed-rank" and options.retrain_epochs
-            else None,
+            "mixed_rank_p": mixed_rank_p if mixed_rank else None,
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),

@@ -105,7 +105,7 @@ def render_card(report: Mapping[str, Any]) -> str:
     method, latency, data = str(report["method"]), report["latency_ms"], report["data"]
     head = ("", "dense", "pruned", "factorized", "compressed", "compressed / dense")
     validation = ", ".join(f"{split} {count}" for split, count in data["validation"].items())
-    methods = METHODS if report["config"].get("retrain_epochs") != 0 else METHODS | WITHOUT_RETRAINING
+    methods = METHODS if report.get("config", {}).get("retrain_epochs") != 0 else METHODS | WITHOUT_RETRAINING
     provenance = [
         f"- Original model: {_code(report['model'])}",
         f"- Task: {_code(report['task'])}; {data['train']} training examples; validation examples: "
