@@ -34,8 +34,9 @@ A compressed directory loads in any transformers program after `import lpaf`.
 GROUPS = {
     "what": "what to compress",
     "size": "how small (one of --rank K, --ratio R, --rank auto --ratio R, --rank-error E)",
-    "data": "data (without any of these, GLUE and SQuAD come from the Hub)",
+    "data": "data (without any of these, tasks that the Hub knows come from there)",
     "answers": "question answering",
+    "texts": "summarisation",
     "training": "training",
     "method": "method (each step can be switched off)",
     "running": "running",
@@ -124,38 +125,47 @@ def run_compress(arguments: argparse.Namespace) -> None:
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
     parser.add_argument("--task", required=True, help="task name, as for lpaf compress")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet; txt)")
     parser.add_argument("--validation-file", metavar="FILE", help="file to evaluate on, instead of --data-dir")
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens per example (default: 384 for questions, else 128, or what the model takes)",
+        help="tokens per example (default: 384 for questions, 512 for summaries and running text, else 128, or what "
+        "the model takes)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples per batch")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="examples per batch (default: 64, 8 for summaries and running text)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--predictions", metavar="FILE", help="also write label and logits, or the answer, of every example (jsonl)"
     )
-    _add_answer_options(parser)
+    _add_task_options(parser)
     parser.add_argument("--fuse", action="store_true", help=FUSE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def _add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """How questions are answered, as for lpaf compress."""
-    from .recipes.options import CompressOptions, answer_fields, flag
+def _task_fields() -> dict[str, Any]:
+    """The options of single kinds of tasks, by name."""
+    from .recipes.options import answer_fields, text_fields
+
+    return answer_fields() | text_fields()
+
+
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    """How questions are answered and summaries are written, as for lpaf compress."""
+    from .recipes.options import CompressOptions, flag
 
     annotations = typing.get_type_hints(CompressOptions)
-    group = parser.add_argument_group(GROUPS["answers"])
-    for name, field in answer_fields().items():
+    groups = {name: parser.add_argument_group(GROUPS[name]) for name in ("answers", "texts")}
+    for name, field in _task_fields().items():
         kind, meta = _value_type(annotations[name]), field.metadata
-        group.add_argument(flag(name), type=kind, metavar=meta["metavar"], help=meta["help"])
+        groups[meta["group"]].add_argument(flag(name), type=kind, metavar=meta["metavar"], help=meta["help"])
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from .evaluate.evaluate import evaluate_directory
-    from .recipes.options import answer_fields
     from .report.terminal import metrics_table, show
 
     result = evaluate_directory(
@@ -168,7 +178,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         predictions=arguments.predictions,
         fuse=arguments.fuse,
-        **{name: getattr(arguments, name) for name in answer_fields()},
+        **{name: getattr(arguments, name) for name in _task_fields()},
     )
     print(json.dumps(result, indent=1)) if arguments.json else show(metrics_table(result["metrics"]))
 

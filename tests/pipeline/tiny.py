@@ -39,20 +39,56 @@ SPECIAL = {
         "sep_token_id": 2,
         "global_attn_every_n_layers": 1,
     },
+    **{name: {"num_key_value_heads": 1} for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    "gpt2": {"n_embd": 32, "n_layer": LAYERS, "n_head": 2, "n_inner": 48, "n_positions": 40},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
+_BART = {
+    "d_model": 32,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 40,
+}
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": LAYERS, "num_decoder_layers": LAYERS, "num_heads": 2}
+#: encoder-decoders -> sizes under their own names
+SEQ2SEQ = {
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "blenderbot-small"), _BART),
+    "t5": {**_T5, "feed_forward_proj": "relu"},
+    "mt5": {**_T5, "feed_forward_proj": "gated-gelu"},
+}
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "opt", "gpt_neox")
 
 
 def build(model_type: str, **changes: int) -> torch.nn.Module:
-    """A small sequence classifier of this type with random weights; ``changes`` of its configuration."""
+    """A small model of this type with random weights: a sequence classifier, or what writes texts with nn.Linear in
+    place of Conv1D; ``changes`` of its configuration."""
     import torch
     import transformers
 
+    from lpaf.models.conv1d import use_linears
+
+    if model_type in SEQ2SEQ:
+        sizes = {"vocab_size": 40, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+        options = sizes | SEQ2SEQ[model_type] | changes
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(model_type, **options)
+        return transformers.AutoModelForSeq2SeqLM.from_config(config)
     options = SMALL | changes
+    if model_type == "gpt2":
+        options = {name: options[name] for name in ("vocab_size", "pad_token_id")} | changes
+    if model_type in DECODERS:
+        options |= {"bos_token_id": 1, "eos_token_id": 2}
     if model_type == "distilbert":
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             options.pop(name)
     config = transformers.AutoConfig.for_model(model_type, **options, **SPECIAL.get(model_type, {}))
     torch.manual_seed(0)
+    if model_type in DECODERS:
+        return use_linears(transformers.AutoModelForCausalLM.from_config(config))
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
@@ -96,6 +132,63 @@ def write_model(directory: Path, architecture: str = "bert", layers: int = 2) ->
     cls(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+#: model type -> (special tokens in the order of their ids, what stands around a text)
+_SPECIAL_TOKENS = {
+    "bart": (("<s>", "<pad>", "</s>", "<unk>"), "<s> $A </s>"),
+    "t5": (("<pad>", "</s>", "<unk>"), "$A </s>"),
+    "gpt2": (("<unk>", "</s>"), "$A"),
+    "llama": (("<unk>", "<s>", "</s>"), "<s> $A"),
+}
+
+
+def word_tokenizer(model_type: str):
+    """A fast tokenizer of the tiny words with the special tokens of a model type; gpt2's and llama's cannot pad."""
+    import tokenizers
+    import transformers
+
+    special, around = _SPECIAL_TOKENS[model_type]
+    words = [*special, *GOOD, *BAD, *FILLER, "summarize", ":"]
+    ids = {word: index for index, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=around, special_tokens=[(token, ids[token]) for token in special if token in around]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in names.items() if token in special}
+    )
+
+
+def write_text_model(directory: Path, model_type: str, **changes) -> Path:
+    """Save a tiny bart, t5, gpt2 or llama with random weights and its tokenizer into ``directory``."""
+    from lpaf.models.conv1d import as_published
+
+    tokenizer = word_tokenizer(model_type)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    start = {"bart": "eos_token_id", "t5": "pad_token_id"}.get(model_type)
+    if start:
+        ids["decoder_start_token_id"] = ids[start]
+    if model_type == "bart":
+        ids |= {"forced_eos_token_id": None, "forced_bos_token_id": None}
+    model = build(model_type, **{"vocab_size": len(tokenizer), "dropout": 0.0} | ids | changes)
+    with as_published(model):
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def stories(count: int, seed: int) -> list[dict]:
+    """Texts whose first good or bad word decides what follows, and their summaries: the words of mood in order."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        mood = [rng.choice(GOOD + BAD) for _ in range(2)]
+        words = [word for each in mood for word in ("the", "film", "is", each, *rng.choices(FILLER[5:8], k=1))]
+        rows.append({"text": " ".join(words), "summary": " ".join(mood)})
+    return rows
 
 
 def sentences(count: int, seed: int) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .load import check_labels, load_task, load_texts, tokenize
+from .load import check_labels, load_task, load_texts, sampled, tokenize
 from .task_data import TaskData, make_task_data
 from .tasks import TASKS, TaskSpec, get_task
 
@@ -15,5 +15,6 @@ __all__ = [
     "load_task",
     "load_texts",
     "make_task_data",
+    "sampled",
     "tokenize",
 ]

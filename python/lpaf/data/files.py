@@ -19,6 +19,8 @@ import pyarrow.parquet
 from ..errors import InputError
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+#: of files that hold running text, without rows
+TEXT_SUFFIX = ".txt"
 
 #: (place in the file, {column: value})
 Row = tuple[str, dict[str, Any]]
@@ -50,6 +52,19 @@ def read_rows(path: Path, argument: str) -> list[Row]:
     if not rows:
         raise InputError(f"{argument} {path}: is empty; pass a file with at least one row")
     return rows
+
+
+def read_text(path: Path, argument: str) -> str:
+    """The whole of a text file; InputError where it is missing, empty or not UTF-8."""
+    if not path.is_file():
+        raise InputError(f"{argument} {path}: no such file; pass a file that exists")
+    try:
+        text = "".join(line for _, line in _lines(path, argument))
+    except OSError as error:
+        raise InputError(f"{argument} {path}: cannot be read ({error.strerror or error}); check the file") from error
+    if not text.strip():
+        raise InputError(f"{argument} {path}: is empty; pass a file with text")
+    return text
 
 
 def bad_row(argument: str, path: Path, place: str, fault: str, remedy: str = "fix or remove the row") -> InputError:

@@ -18,11 +18,12 @@ from ..errors import InputError
 from ..hub import hub_has_dataset
 from ..processes import is_main
 from . import docstrings
-from .files import SUFFIXES, Row, bad_row, read_rows
+from .files import SUFFIXES, TEXT_SUFFIX, Row, bad_row, read_rows, read_text
 from .spans import SpanOptions, tokenize_questions
 from .squad import FEATURES, check_answerable, read_questions
 from .task_data import TEST, TaskData, make_task_data
-from .tasks import TaskSpec, get_task
+from .tasks import CLASSIFICATION, TaskSpec, get_task
+from .texts import TextOptions, tokenize_blocks, tokenize_summaries
 
 _TOKENIZE_CHUNK = 2000
 _MIN_LENGTH = 4
@@ -42,12 +43,13 @@ def load_task(
     """Training and validation examples of a task.
 
     From ``data_dir`` (train.* and validation.*, or dev.*; for mnli validation_matched.* and
-    validation_mismatched.*), from the two files, or, for a GLUE or SQuAD task without either, from the Hub.
-    ``docstrings`` without either is built on the spot.
+    validation_mismatched.*), from the two files, or, for a task with a name on the Hub without either, from there.
+    ``docstrings`` without either is built on the spot. Language modelling also takes .txt files, each one document.
 
     Args:
         task: name or specification.
-        max_train_samples: keep a seeded choice of so many training examples, in their order. Default: all.
+        max_train_samples: keep a seeded choice of so many training examples, in their order. Default: all. For
+            language modelling, whose examples are made by :func:`tokenize`, see :func:`sampled`.
         seed: seed of that choice.
         evaluation_only: leave ``train`` None and need no training file; the classes of a task without fixed
             ones are then those of the validation file (``check_labels`` puts them in a model's order).
@@ -73,9 +75,9 @@ def load_task(
         if test_file is not None:
             held_out[TEST] = _Source(Path(test_file), "--test-file")
         data = _from_files(spec, train, held_out)
-    if data.train is not None and max_train_samples is not None and max_train_samples < len(data.train):
-        chosen = sorted(random.Random(seed).sample(range(len(data.train)), max_train_samples))
-        train = Dataset.from_dict(data.train[chosen], features=data.train.features)
+    chosen = None if spec.is_language_modeling else max_train_samples
+    if data.train is not None and chosen is not None and chosen < len(data.train):
+        train = sampled(data.train, chosen, seed)
         _check_training(train, spec, data.labels, f"--max-train-samples {max_train_samples}")
         data = make_task_data(spec, train, data.validation, data.labels)
     return data
@@ -86,11 +88,12 @@ def load_texts(data: TaskData, path: str | Path, argument: str) -> Dataset:
 
     Args:
         data: the task's examples.
-        path: a file of the kinds that ``load_task`` reads. Questions need their answers, as in training.
+        path: a file of the kinds that ``load_task`` reads. Questions need their answers and texts their summaries, as
+            in training.
         argument: the option that named the file, for messages.
 
     Returns:
-        What ``tokenize`` takes: the text columns and a ``label`` that says nothing.
+        What ``tokenize`` takes: the text columns and, where examples have labels, a ``label`` that says nothing.
 
     Raises:
         InputError: the file is missing, empty or of another kind, or has other columns; a row cannot be read.
@@ -98,6 +101,8 @@ def load_texts(data: TaskData, path: str | Path, argument: str) -> Dataset:
     spec, source = data.spec, _Source(Path(path), argument)
     if spec.is_question_answering:
         return read_questions(source.path, argument, spec)
+    if spec.is_language_modeling:
+        return _read_documents(source, spec)
     rows = read_rows(source.path, argument)
     columns = _text_columns(rows, spec, source, labelled=False)
     theirs = tuple(name for name in data.validation[data.main_split].column_names if name != "label")
@@ -106,8 +111,17 @@ def load_texts(data: TaskData, path: str | Path, argument: str) -> Dataset:
             f"{argument} {path}: its text columns are {', '.join(columns)}, those of the validation data are "
             f"{', '.join(theirs)}; use the same columns in both"
         )
-    texts = {column: [_text(row, place, column, source) for place, row in rows] for column in columns}
-    return Dataset.from_dict({**texts, "label": [0] * len(rows)}, features=_features(spec, columns))
+    content = {column: [_text(row, place, column, source) for place, row in rows] for column in columns}
+    features = _features(spec, columns)
+    return Dataset.from_dict({name: content.get(name, [0] * len(rows)) for name in features}, features=features)
+
+
+def sampled(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """A seeded choice of ``count`` rows in their order, or ``dataset`` itself where it has no more."""
+    if count is None or count >= len(dataset):
+        return dataset
+    chosen = sorted(random.Random(seed).sample(range(len(dataset)), count))
+    return Dataset.from_dict(dataset[chosen], features=dataset.features)
 
 
 def check_labels(data: TaskData, config: Any) -> TaskData:
@@ -127,8 +141,8 @@ def check_labels(data: TaskData, config: Any) -> TaskData:
         InputError: a label outside the model's classes; a classification model for regression data or the
             reverse.
     """
-    if data.spec.is_question_answering:
-        return data  # the answers are in the contexts
+    if data.spec.is_question_answering or data.spec.predicts_tokens:
+        return data  # the answers are in the contexts, or texts themselves
     task, outputs = f"--task {data.spec.name}", config.num_labels
     if data.labels is None:
         if outputs != 1:
@@ -185,10 +199,12 @@ def tokenize(
     labels: Sequence[str] | None = None,
     description: str = "tokenize",
     spans: SpanOptions | None = None,
+    texts: TextOptions | None = None,
 ) -> Dataset:
     """Token ids of every example, unpadded.
 
-    Questions become windows of their contexts, see :func:`spans.tokenize_questions`.
+    Questions become windows of their contexts, see :func:`spans.tokenize_questions`; summaries and running text are
+    cut by :func:`texts.tokenize_summaries` and :func:`texts.tokenize_blocks`.
 
     Args:
         dataset: a split of ``TaskData``.
@@ -197,6 +213,7 @@ def tokenize(
         labels: class names; every label must be an index into them. Default: not checked.
         description: what the progress bar says.
         spans: for question answering. Default: ``SpanOptions()``.
+        texts: for summarisation. Default: ``TextOptions()``.
 
     Returns:
         Columns input_ids, attention_mask and token_type_ids (as far as the model takes them), length (int64),
@@ -213,6 +230,10 @@ def tokenize(
     if labels is not None and not set(dataset.unique("label")) <= set(range(len(labels))):
         raise ValueError(f"labels={tuple(labels)!r}: the dataset has other labels: {sorted(dataset.unique('label'))}")
     columns = next(choice for choice in spec.text_columns if set(choice) <= set(dataset.column_names))
+    if spec.is_language_modeling:
+        return tokenize_blocks(dataset, *columns, tokenizer, max_length, description)
+    if spec.is_summarization:
+        return tokenize_summaries(dataset, columns, tokenizer, max_length, texts or TextOptions(), description)
     limit = min(max_length, tokenizer.model_max_length)
     features = Features({"labels": Value("float32" if spec.is_regression else "int64"), "length": Value("int64")})
     chunks = []
@@ -248,6 +269,9 @@ def _built_in(spec: TaskSpec) -> TaskData:
 
 
 def _hub_split(split: Dataset, spec: TaskSpec) -> Dataset:
+    if spec.is_language_modeling:
+        # WikiText's rows are the lines of one text, with their line ends
+        return _documents(["".join(split[spec.text_columns[0][0]])], spec)
     features = FEATURES if spec.is_question_answering else _features(spec, spec.text_columns[0])
     return split.select_columns(list(features)).cast(features)
 
@@ -291,7 +315,7 @@ def _paths(
             option = "--train-file" if train_file is not None else "--validation-file"
             raise InputError(f"{option}: not together with --data-dir; pass one of them")
         directory = Path(data_dir)
-        train = None if evaluation_only else _Source(_one_of(directory, ("train",)), "--data-dir")
+        train = None if evaluation_only else _Source(_one_of(directory, ("train",), spec), "--data-dir")
         return train, {name: _Source(path, "--data-dir") for name, path in _validation_paths(spec, directory).items()}
     if validation_file is None:
         raise InputError("--train-file: needs --validation-file as well; pass both")
@@ -309,6 +333,9 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
         if train is not None:
             _check_training(splits["train"], spec, None, f"{train.argument} {train.path}")
         return make_task_data(spec, splits.pop("train", None), splits, None)
+    if spec.is_language_modeling:
+        splits = {name: _read_documents(source, spec) for name, source in sources.items()}
+        return make_task_data(spec, splits.pop("train", None), splits, None)
     first = next(iter(sources.values()))
     rows = {name: read_rows(source.path, source.argument) for name, source in sources.items()}
     columns = {name: _text_columns(rows[name], spec, source) for name, source in sources.items()}
@@ -320,7 +347,7 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
                 f"{first.path} are {', '.join(expected)}; use the same columns in both files"
             )
     labels = None
-    if not spec.is_regression:
+    if spec.problem == CLASSIFICATION:
         labels = spec.labels or _class_names(next(iter(rows.values())), spec, first)
     splits = {}
     for name, source in sources.items():
@@ -330,15 +357,19 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
     return make_task_data(spec, splits.pop("train", None), splits, labels)
 
 
-def _one_of(directory: Path, stems: Sequence[str]) -> Path:
+def _suffixes(spec: TaskSpec) -> tuple[str, ...]:
+    return (*SUFFIXES, TEXT_SUFFIX) if spec.is_language_modeling else SUFFIXES
+
+
+def _one_of(directory: Path, stems: Sequence[str], spec: TaskSpec) -> Path:
     """The one data file in ``directory`` with one of the stems."""
     if not directory.is_dir():
         raise InputError(f"--data-dir {directory}: no such directory; pass a folder with train and validation files")
-    found = [directory / (stem + suffix) for stem in stems for suffix in SUFFIXES]
+    found = [directory / (stem + suffix) for stem in stems for suffix in _suffixes(spec)]
     found = [path for path in found if path.is_file()]
     if not found:
         wanted = " or ".join(f"{stem}.*" for stem in stems)
-        raise InputError(f"--data-dir {directory}: no {wanted} in it; add one of {', '.join(SUFFIXES)}")
+        raise InputError(f"--data-dir {directory}: no {wanted} in it; add one of {', '.join(_suffixes(spec))}")
     if len(found) > 1:
         raise InputError(
             f"--data-dir {directory}: both {found[0].name} and {found[1].name} in it; remove one, or pass "
@@ -349,15 +380,15 @@ def _one_of(directory: Path, stems: Sequence[str]) -> Path:
 
 def _validation_paths(spec: TaskSpec, directory: Path) -> dict[str, Path]:
     if len(spec.validation_splits) == 1:
-        return {spec.validation_splits[0]: _one_of(directory, ("validation", "dev"))}
+        return {spec.validation_splits[0]: _one_of(directory, ("validation", "dev"), spec)}
     paths = {}
     for name in spec.validation_splits:
         # mnli: validation_matched, dev_matched, or (its main split only) plain validation.
         stems = (name, name.replace("validation", "dev"))
         if name == spec.validation_splits[0]:
-            paths[name] = _one_of(directory, (*stems, "validation", "dev"))
+            paths[name] = _one_of(directory, (*stems, "validation", "dev"), spec)
         elif any((directory / (stem + suffix)).is_file() for stem in stems for suffix in SUFFIXES):
-            paths[name] = _one_of(directory, stems)
+            paths[name] = _one_of(directory, stems, spec)
     return paths
 
 
@@ -372,7 +403,7 @@ def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source, labelled: bo
         missing = next(name for name in spec.text_columns[0] if name not in first)
         wanted = ", or ".join(" and ".join(choice) for choice in spec.text_columns)
         raise InputError(f"{where} {missing!r} (it has {_listed(list(first))}); task {spec.name} needs {wanted}")
-    if labelled and spec.label_column not in first:
+    if labelled and not spec.predicts_tokens and spec.label_column not in first:
         raise InputError(f"{where} {spec.label_column!r} (it has {_listed(list(first))}); add or rename it")
     return choice
 
@@ -418,8 +449,29 @@ def _number(row: Mapping[str, Any], place: str, spec: TaskSpec, source: _Source)
 
 
 def _features(spec: TaskSpec, columns: Sequence[str]) -> Features:
-    label = Value("float64" if spec.is_regression else "int64")
-    return Features({**{column: Value("string") for column in columns}, "label": label})
+    features = Features({column: Value("string") for column in columns})
+    if not spec.predicts_tokens:
+        features["label"] = Value("float64" if spec.is_regression else "int64")
+    return features
+
+
+def _documents(texts: Sequence[str], spec: TaskSpec) -> Dataset:
+    columns = spec.text_columns[0]
+    return Dataset.from_dict({columns[0]: list(texts)}, features=_features(spec, columns))
+
+
+def _read_documents(source: _Source, spec: TaskSpec) -> Dataset:
+    """The documents of a file: its rows, or all of a text file."""
+    path, argument = source.path, source.argument
+    if path.suffix.lower() == TEXT_SUFFIX:
+        return _documents([read_text(path, argument)], spec)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{argument} {path}: unknown kind of file; pass one of {', '.join(_suffixes(spec))}")
+    rows = read_rows(path, argument)
+    documents = _dataset(rows, _text_columns(rows, spec, source), None, spec, source)
+    if not any(text.strip() for text in documents[spec.text_columns[0][0]]):
+        raise InputError(f"{argument} {path}: every text is empty; pass a file with text")
+    return documents
 
 
 def _dataset(
@@ -429,10 +481,12 @@ def _dataset(
     indices = {name: index for index, name in enumerate(labels or ())}
     if spec.labels is not None:
         indices |= {str(index): index for index in range(len(spec.labels))}
-    content: dict[str, list[Any]] = {column: [] for column in (*columns, "label")}
+    content: dict[str, list[Any]] = {column: [] for column in _features(spec, columns)}
     for place, row in rows:
         for column in columns:
             content[column].append(_text(row, place, column, source))
+        if spec.predicts_tokens:
+            continue
         if labels is None:
             content["label"].append(_number(row, place, spec, source))
             continue
@@ -463,6 +517,10 @@ def _check_training(train: Dataset, spec: TaskSpec, labels: Sequence[str] | None
     """Raise InputError where there is nothing to learn."""
     if spec.is_question_answering:
         check_answerable(train, argument)
+        return
+    if spec.is_summarization:
+        if not any(summary.strip() for summary in train[train.column_names[1]]):
+            raise InputError(f"{argument}: every summary is empty; pass training data with summaries")
         return
     distinct = set(train["label"])
     if len(distinct) < 2:

@@ -19,7 +19,8 @@ class TaskData:
     """A task's examples, checked.
 
     Every dataset has the task's text columns (str) and ``label``: int64 index into ``labels``, or float64 for
-    regression. For question answering it has ``squad.FEATURES``.
+    regression. For question answering it has ``squad.FEATURES``; for summarisation the texts and the summaries, for
+    language modelling ``text``, one row per document.
 
     Args:
         spec: the task.
@@ -28,7 +29,7 @@ class TaskData:
             where there is one.
         labels: class names in the order of their indices, or None for the other problems.
         num_labels: size of the model's output: number of classes, 1 for regression, 2 (start and end) for question
-            answering.
+            answering, 0 for problems whose output is the model's vocabulary.
         fingerprint: sha256 of task, labels and every example, as 64 hexadecimal digits; equal on every
             machine.
     """

@@ -1,4 +1,4 @@
-"""The tasks: GLUE and SQuAD by the Hub's names, three tasks for your own files, and the docstrings task."""
+"""The tasks: GLUE, SQuAD and summarisation by the Hub's names, tasks for your own files, and the docstrings task."""
 
 from __future__ import annotations
 
@@ -9,12 +9,28 @@ from ..errors import InputError
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
 QUESTION_ANSWERING = "question-answering"
-PROBLEMS = (CLASSIFICATION, REGRESSION, QUESTION_ANSWERING)
+SUMMARIZATION = "summarization"
+#: causal: every token from those before it
+LANGUAGE_MODELING = "language-modeling"
+PROBLEMS = (CLASSIFICATION, REGRESSION, QUESTION_ANSWERING, SUMMARIZATION, LANGUAGE_MODELING)
+#: problems whose model predicts a token at every position, out of its vocabulary
+TOKEN_PROBLEMS = (SUMMARIZATION, LANGUAGE_MODELING)
 METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr", "exact_match")
+METRICS += ("rouge1", "rouge2", "rougeL", "perplexity")
+#: metrics of which less is better
+LOWER_IS_BETTER = frozenset({"perplexity"})
 
 # What the columns of a file may be called when the task does not fix it, in the order in which they are
 # looked for.
 FREE_TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))
+FREE_SUMMARY_COLUMNS = (
+    ("text", "summary"),
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("article", "summary"),
+    ("dialogue", "summary"),
+    ("source", "target"),
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +39,14 @@ class TaskSpec:
 
     Args:
         name: the name that ``--task`` takes.
-        text_columns: the choices of text columns, each a tuple of one (single text) or two (pair) column
-            names; the first choice whose columns are all in the file is used.
-        problem: "classification", "regression" or "question-answering".
+        text_columns: the choices of text columns, each a tuple of one (single text) or two (pair; text and
+            summary) column names; the first choice whose columns are all in the file is used.
+        problem: "classification", "regression", "question-answering", "summarization" or "language-modeling".
         metrics: names out of ``METRICS``, in the order in which they are shown.
         main_metric: the one that stands for the task, out of ``metrics``.
         labels: class names in the order of their integer labels on the Hub, or None when the data decide (and
             for the other problems).
-        label_column: column of the label. Default: "label".
+        label_column: column of the label; the token problems have none. Default: "label".
         validation_splits: names of the validation splits; the first is the main one.
         hub: (repository, configuration) of ``datasets.load_dataset``, or None for tasks without one.
         unanswerable: whether a question may have no answer. Default: False.
@@ -74,9 +90,29 @@ class TaskSpec:
         return self.problem == QUESTION_ANSWERING
 
     @property
+    def is_summarization(self) -> bool:
+        """Whether the answer is a text that the model writes."""
+        return self.problem == SUMMARIZATION
+
+    @property
+    def is_language_modeling(self) -> bool:
+        """Whether the label of every token is the next one."""
+        return self.problem == LANGUAGE_MODELING
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model predicts a token at every position."""
+        return self.problem in TOKEN_PROBLEMS
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of the main metric is better."""
+        return self.main_metric in LOWER_IS_BETTER
+
+    @property
     def max_length(self) -> int:
         """Tokens per example when ``--max-length`` is silent."""
-        return 384 if self.is_question_answering else 128
+        return 512 if self.predicts_tokens else 384 if self.is_question_answering else 128
 
 
 def _glue(
@@ -111,6 +147,11 @@ def _questions(name: str, hub: tuple[str, str] | None = None, unanswerable: bool
     )
 
 
+def _summaries(name: str, *columns: tuple[str, str], hub: tuple[str, str] | None = None) -> TaskSpec:
+    # rouge2 stands for the task: frequent words in any order already score in rouge1 and rougeL, word pairs do not
+    return TaskSpec(name, columns, SUMMARIZATION, ("rouge1", "rouge2", "rougeL"), "rouge2", hub=hub)
+
+
 _PAIR = ("sentence1", "sentence2")
 
 TASKS: dict[str, TaskSpec] = {
@@ -132,6 +173,17 @@ TASKS: dict[str, TaskSpec] = {
         _glue("wnli", _PAIR, ("not_entailment", "entailment")),
         _questions("squad", hub=("rajpurkar/squad", "plain_text")),
         _questions("squad_v2", hub=("rajpurkar/squad_v2", "squad_v2"), unanswerable=True),
+        _summaries("cnn_dailymail", ("article", "highlights"), hub=("abisee/cnn_dailymail", "3.0.0")),
+        _summaries("xsum", ("document", "summary"), hub=("EdinburghNLP/xsum", "default")),
+        _summaries("summarization", *FREE_SUMMARY_COLUMNS),
+        TaskSpec(
+            "language-modeling",
+            (("text",),),
+            LANGUAGE_MODELING,
+            ("perplexity",),
+            "perplexity",
+            hub=("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ),
         TaskSpec("text-classification", FREE_TEXT_COLUMNS, CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
         TaskSpec("text-regression", FREE_TEXT_COLUMNS, REGRESSION, ("pearson", "spearmanr"), "pearson"),
         _questions("question-answering"),

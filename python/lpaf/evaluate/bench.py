@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InputError
 from ..models.checkpoint import load_config, load_task_model, task_class
+from ..models.conv1d import use_linears
 from ..models.count import encoder_params, forward_macs
 from ..models.device import device_name, resolve_device
 from ..models.positions import most_tokens
@@ -22,7 +23,7 @@ def dense_twin(model: str) -> torch.nn.Module:
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return task_class(config).from_config(config).eval()
+    return use_linears(task_class(config).from_config(config)).eval()
 
 
 def bench(

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lpaf_kernels.nn.graphed import capture
 
 from ..errors import InputError
+from ..models.outputs import forward_inputs
 
 #: name -> how a model is called
 MODES = {
@@ -102,12 +103,14 @@ def interleaved_latency(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, first.config.vocab_size, (batch, length), generator=generator).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if first.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids  # reads and writes as many tokens
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     if mode == "compiled":
         torch.compiler.reset()  # every cell compiles for its own shape; the compiler gives up after a few in a row
-    calls = {name: _call(model, inputs, mode) for name, model in models.items()}
+    calls = {name: _call(model, forward_inputs(model, inputs), mode) for name, model in models.items()}
     seconds = interleaved_seconds(calls, device, rounds, warmup, f"latency {batch}x{length}")
     for name, model in models.items():
         model.train(training[name])

@@ -14,11 +14,13 @@ from numpy.typing import ArrayLike
 
 from ..data.tasks import TaskSpec
 from .answers import Answer
+from .rouge import rouge
 from .squad_metrics import exact_match, f1
 
 
 def predictions_of(spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str]) -> np.ndarray:
-    """Classes (int64 [B], the largest logit), numbers (float64 [B]) or texts (object [B]) of a model's outputs.
+    """Classes (int64 [B], the largest logit), numbers (float64 [B]) or texts (object [B]) of a model's outputs; for
+    language modelling there is nothing to choose.
 
     Args:
         outputs: logits [B, C], or [B, 1] or [B] for regression, or B ``Answer``; predictions [B] are returned as
@@ -27,7 +29,7 @@ def predictions_of(spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str]) 
     Raises:
         ValueError: ``outputs`` has another shape.
     """
-    if spec.is_question_answering:
+    if spec.is_question_answering or spec.is_summarization:
         return np.array([getattr(output, "text", output) for output in outputs], dtype=object)
     array = np.asarray(outputs)
     if spec.is_regression:
@@ -46,21 +48,29 @@ def predictions_of(spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str]) 
 def compute_metrics(
     spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str], labels: ArrayLike | Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """The task's metrics, in its order, all in [0, 1] or [-1, 1].
+    """The task's metrics, in its order, all in [0, 1] or [-1, 1] but perplexity, which is 1 or more.
 
     f1 is that of class 1 for GLUE's two-class tasks, SQuAD's for question answering, and the mean over the classes
     (macro) for all other tasks. A correlation with constant predictions or labels is 0. Where questions may have no
-    answer, exact_match and f1 of those with and of those without one follow, as far as there are any.
+    answer, exact_match and f1 of those with and of those without one follow, as far as there are any. ROUGE is the mean
+    F-measure over the examples. Perplexity is exp(sum of the losses / number of tokens): every token weighs the same.
 
     Args:
-        outputs: logits [B, C] or predictions [B]; for question answering B ``Answer`` or texts.
-        labels: class indices or numbers [B]; for question answering the true answers of each question.
+        outputs: logits [B, C] or predictions [B]; for question answering B ``Answer`` or texts; for summarisation B
+            texts; for language modelling the loss of each block in nats [B].
+        labels: class indices or numbers [B]; for question answering the true answers of each question; for
+            summarisation the true texts; for language modelling the number of predicted tokens of each block [B].
 
     Raises:
         ValueError: the lengths differ or are 0, or an output is NaN.
     """
     if spec.is_question_answering:
         return _answer_metrics(spec, predictions_of(spec, outputs), labels)
+    if spec.is_summarization:
+        return {name: float(scores.mean()) for name, scores in _rouge(spec.metrics, outputs, labels).items()}
+    if spec.is_language_modeling:
+        losses, tokens = _losses(outputs, labels)
+        return {"perplexity": math.exp(min(losses.sum() / tokens.sum(), MOST_NATS))}
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
     if truth.shape != predictions.shape or truth.size == 0:
         raise ValueError(f"labels has shape {truth.shape}: expected {predictions.shape}, one per output, at least one")
@@ -79,6 +89,23 @@ def compute_metrics(
     return {name: float(functions[name]()) for name in spec.metrics}
 
 
+#: exp of more is no float64
+MOST_NATS = 700.0
+
+
+def _rouge(names: Sequence[str], texts: Sequence[str], truth: Sequence[str]) -> dict[str, np.ndarray]:
+    _check_answers(texts, truth)
+    return rouge(texts, truth, names)
+
+
+def _losses(outputs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    losses, tokens = np.asarray(outputs, dtype=np.float64), np.asarray(labels)
+    _check_answers(losses, tokens)
+    if np.isnan(losses).any():
+        raise ValueError("outputs contains NaN: expected finite numbers")
+    return losses, tokens
+
+
 def _answer_metrics(spec: TaskSpec, texts: np.ndarray, answers: Sequence[Sequence[str]]) -> dict[str, float]:
     _check_answers(texts, answers)
     functions = {"exact_match": exact_match, "f1": f1}
@@ -92,7 +119,7 @@ def _answer_metrics(spec: TaskSpec, texts: np.ndarray, answers: Sequence[Sequenc
     return metrics
 
 
-def _check_answers(texts: np.ndarray, answers: Sequence[Sequence[str]]) -> None:
+def _check_answers(texts: Sequence, answers: Sequence) -> None:
     if len(texts) != len(answers) or not len(texts):
         raise ValueError(f"labels has length {len(answers)}: expected {len(texts)}, one per output, at least one")
 
@@ -101,7 +128,13 @@ def example_scores(
     spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str], labels: ArrayLike | Sequence[Sequence[str]]
 ) -> np.ndarray:
     """How well each example is done, float32 [B]: 1 or 0 for right or wrong classes, minus the squared error for
-    numbers, F1 for answers; arguments as for :func:`compute_metrics`."""
+    numbers, F1 for answers, the main metric for summaries, minus the mean loss of each block of running text; arguments
+    as for :func:`compute_metrics`."""
+    if spec.is_summarization:
+        return _rouge([spec.main_metric], outputs, labels)[spec.main_metric].astype(np.float32)
+    if spec.is_language_modeling:
+        losses, tokens = _losses(outputs, labels)
+        return (-losses / tokens).astype(np.float32)
     if spec.is_question_answering:
         texts = predictions_of(spec, outputs)
         _check_answers(texts, labels)

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from ..errors import InputError
 from ..factorize import SVDFactorizer
+from ..models.checkpoint import head_problem, load_config
 from ..models.count import matrix_shapes, resolve_rank
 from ..models.device import device_name, resolve_device
 from ..models.positions import most_tokens
@@ -187,6 +188,9 @@ def bench_steps(
     if rank is None and ratio is None:
         ratio = 0.25
     target = resolve_device(device)
+    problem = head_problem(load_config(model))
+    if problem != "classification":
+        raise InputError(f"--step: times the training of classifiers; --model {model} is for {problem}")
     torch.manual_seed(0)
     dense = dense_twin(model)
     limit = most_tokens(dense.config)

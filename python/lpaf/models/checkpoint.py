@@ -18,10 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +36,7 @@ import lpaf_kernels
 
 from ..errors import InputError
 from ..hub import hub_has_model
+from .conv1d import as_published, use_linears
 from .quantizer import QUANT_METHOD, compression_config
 
 #: short name -> (package that carries the checkpoint, folder in it, name on the Hub)
@@ -124,14 +132,59 @@ def load_tokenizer(model: str, flag: str = "--model") -> Any:
         ) from None
 
 
+#: problem -> (class that loads its models, what such a model is called)
+TASK_CLASSES = {
+    "classification": (AutoModelForSequenceClassification, "classifier"),
+    "regression": (AutoModelForSequenceClassification, "classifier"),
+    "question-answering": (AutoModelForQuestionAnswering, "question answerer"),
+    "summarization": (AutoModelForSeq2SeqLM, "sequence-to-sequence model"),
+    "language-modeling": (AutoModelForCausalLM, "causal language model"),
+}
+#: end of an architecture's name -> problem that it says
+HEADS = {
+    "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "summarization",
+    "MTModel": "summarization",
+    "ForCausalLM": "language-modeling",
+    "LMHeadModel": "language-modeling",
+}
+
+
+def head_problem(config: Any) -> str:
+    """The problem that the head of the model's architecture is for; "classification" if it has none."""
+    for name in config.architectures or ():
+        for end, problem in HEADS.items():
+            if name.endswith(end):
+                return problem
+    return "classification"
+
+
 def task_class(config: Any, problem: str | None = None) -> type:
     """The ``AutoModelFor`` class of a problem; without one that of the model's architecture (a classifier's if it has
     no head)."""
-    if problem is None:
-        answers = any(name.endswith("ForQuestionAnswering") for name in config.architectures or ())
-    else:
-        answers = problem == "question-answering"
-    return AutoModelForQuestionAnswering if answers else AutoModelForSequenceClassification
+    return TASK_CLASSES[problem or head_problem(config)][0]
+
+
+def check_kind(config: Any, problem: str, model: str, flag: str = "--model") -> None:
+    """InputError where a model of this configuration cannot do what the problem asks of it."""
+    kind = config.model_type
+    if problem == "summarization":
+        if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or not config.is_encoder_decoder:
+            raise InputError(
+                f"{flag} {model}: a {kind} is no encoder-decoder, which summarisation needs; pass one such as BART or "
+                "T5"
+            )
+        if getattr(config, "decoder_start_token_id", None) is None:
+            raise InputError(
+                f"{flag} {model}: config.json has no decoder_start_token_id, the token before a summary; add it"
+            )
+    if problem == "language-modeling":
+        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.is_encoder_decoder:
+            raise InputError(
+                f"{flag} {model}: a {kind} sees the tokens that it would have to predict; perplexity needs a causal "
+                "model such as GPT-2 or Llama"
+            )
 
 
 def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[PreTrainedModel, bool]:
@@ -139,23 +192,29 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
 
     Args:
         model: directory, Hub name or short name.
-        labels: class names, or None for regression and question answering.
-        problem: "classification", "regression" or "question-answering".
+        labels: class names, or None for the other problems.
+        problem: "classification", "regression", "question-answering", "summarization" or "language-modeling".
 
     Returns:
-        (float32 model, whether its task head came with the checkpoint and fits the labels).
+        (float32 model with nn.Linear in place of GPT-2's Conv1D, whether its task head came with the checkpoint and
+        fits the labels).
 
     Raises:
-        InputError: unknown model, broken directory, or an already compressed model.
+        InputError: unknown model, broken directory, an already compressed model, or one of another kind than the
+            problem needs.
     """
     config = load_config(model)
     if is_compressed(config):
         raise InputError(f"--model {model}: is already compressed by lpaf; pass the dense model that it was made from")
-    options: dict[str, Any] = {"num_labels": {"regression": 1, "question-answering": 2}.get(problem) or len(labels)}
+    check_kind(config, problem, model)
+    options: dict[str, Any] = {}
+    if problem in ("regression", "question-answering"):
+        options["num_labels"] = {"regression": 1, "question-answering": 2}[problem]
     if labels is not None:
+        options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    if problem != "question-answering":
+    if problem in ("classification", "regression"):
         options["problem_type"] = "regression" if problem == "regression" else "single_label_classification"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head on a pre-trained body is the normal case here
@@ -168,15 +227,20 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
         raise InputError(f"--model {model}: cannot be loaded for {problem} ({reason})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    body = {
-        key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.") and "pooler" not in key
-    }
+    body = {key for key in info["missing_keys"] if in_body(loaded, key) and "pooler" not in key}
     if body:
         raise InputError(
             f"--model {model}: {len(body)} body tensors are missing from the weights (such as {min(body)}); "
             "the directory does not hold this model"
         )
-    return loaded, not info["missing_keys"] and not info["mismatched_keys"]
+    return use_linears(loaded), not info["missing_keys"] and not info["mismatched_keys"]
+
+
+def in_body(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor belongs to the model below its head; T5's have no prefix that would tell."""
+    if model.can_generate():
+        return not name.startswith("lm_head.") and name != "final_logits_bias"
+    return name.startswith(f"{model.base_model_prefix}.")
 
 
 def load_task_model(
@@ -194,7 +258,9 @@ def load_task_model(
         fuse: run its blocks as one operator each (:func:`lpaf_kernels.fuse`); InputError when it has none to fuse.
     """
     config = load_config(model, flag)
-    kind = task_class(config, problem)
+    problem = problem or head_problem(config)
+    check_kind(config, problem, model, flag)
+    kind, called = TASK_CLASSES[problem]
     try:
         loaded, info = kind.from_pretrained(resolve_model(model), dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -202,15 +268,14 @@ def load_task_model(
     if info["missing_keys"]:
         raise InputError(
             f"{flag} {model}: has no trained task head ({min(info['missing_keys'])} is missing); pass a "
-            f"{'question answerer' if kind is AutoModelForQuestionAnswering else 'classifier'} "
-            "(lpaf compress --save-dense writes a fine-tuned one)"
+            f"{called} (lpaf compress --save-dense writes a fine-tuned one)"
         )
     if fuse:
         try:
             lpaf_kernels.fuse(loaded)
         except ValueError as error:
             raise InputError(f"--fuse: {flag} {model} cannot be fused ({error})") from None
-    return loaded.eval()
+    return use_linears(loaded).eval()
 
 
 def save_compressed(model: PreTrainedModel, tokenizer: Any, directory: Path, method: str) -> None:
@@ -223,7 +288,8 @@ def save_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer; the directory appears in one rename."""
     staged = directory.parent / f".{directory.name}.staged"
     shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
+    with as_published(model):
+        model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)

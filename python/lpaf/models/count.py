@@ -7,13 +7,17 @@ embeddings,
   pooler and head are not counted. Rank 260/130/80 gives 50.8/25.4/15.6 % of BERT-base;
 * FLOPs are multiply-accumulates of the encoder linears plus the two attention products (Q K^T and P V) for one
 sequence.
-  BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure.
+  BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure;
+* "encoder" stands for all layers: a decoder's count in the same way, and an encoder-decoder reads and writes as many
+  tokens. Causal attention counts whole, though half of its products are masked; query heads that share keys and values
+  count each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +25,7 @@ from torch import nn
 from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MixedRankLinear
 
 from ..errors import InputError
-from .targets import encoder_linears
+from .targets import encoder_linears, find_targets
 
 Shape = tuple[int, int]
 
@@ -63,8 +67,26 @@ def total_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def attention_width(config: Any) -> int:
+    """Features of all query heads together."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head
+
+
+def attention_blocks(model: nn.Module) -> int:
+    """Attention blocks that one forward pass runs through: one per layer, two per decoder layer that looks at an
+    encoder."""
+    config = model.config
+    if not config.is_encoder_decoder:
+        return config.num_hidden_layers
+    layers = {(target.stack, target.layer) for target in find_targets(model)}
+    decoders = sum("decoder" in stack.split(".") for stack, _ in layers)
+    return len(layers) + decoders
+
+
 def forward_macs(model: nn.Module, sequence_length: int) -> int:
-    """Multiply-accumulates of the encoder for one sequence of ``sequence_length`` tokens.
+    """Multiply-accumulates of the layers for one sequence of ``sequence_length`` tokens; an encoder-decoder reads so
+    many and writes so many.
 
     Linears are counted once per call, so layers that share their weights (ALBERT) count as often as they run.
     """
@@ -73,7 +95,7 @@ def forward_macs(model: nn.Module, sequence_length: int) -> int:
     linears = encoder_linears(model)
     calls = layers // getattr(config, "num_hidden_groups", layers)
     per_token = sum(linear_macs(module) for module in linears.values()) * calls
-    attention = layers * 2 * sequence_length**2 * config.hidden_size
+    attention = attention_blocks(model) * 2 * sequence_length**2 * attention_width(config)
     return per_token * sequence_length + attention
 
 

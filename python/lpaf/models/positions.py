@@ -24,7 +24,8 @@ AFTER_PADDING = (
 
 
 def most_tokens(config: Any) -> int | None:
-    """The longest input that the model of a transformers configuration takes; None where nothing limits it."""
+    """The longest input that the model of a transformers configuration takes; None where nothing limits it, such as
+    T5's relative positions."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in AFTER_PADDING:
         positions -= config.pad_token_id + 1

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, swap_linears
 
 from ..errors import InputError
+from .conv1d import features, use_linears
 from .targets import encoder_linears
 
 QUANT_METHOD = "lpaf"
@@ -113,8 +114,7 @@ class CompressionQuantizer(HfQuantizer):
             model.set_submodule(
                 name,
                 LowRankSparseLinear(
-                    linear.in_features,
-                    linear.out_features,
+                    *features(linear),
                     rank=entry["rank"],
                     kept=entry.get("kept", 0),
                     bias=linear.bias is not None,
@@ -126,6 +126,7 @@ class CompressionQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if not self.pre_quantized:
             config = self.quantization_config
+            use_linears(model)
             swap_linears(model, rank=config.rank, keep=config.keep, names=list(encoder_linears(model)))
             self.quantization_config = compression_config(model, method="svd")
             model.config.quantization_config = self.quantization_config

@@ -2,8 +2,8 @@
 
 The paper (LPAF, section 5.1.4) compresses {query, key, value, attention output, up-projection, down-projection} of
 every encoder layer; embeddings, pooler and task head stay dense. A table entry maps each of these roles to the
-module's name inside one layer. Models that the table does not know fall back to every ``nn.Linear`` inside a numbered
-layer.
+module's name inside one layer, of the encoder or of the decoder, whose second attention has roles of its own
+("cross_query", ...). Models that the table does not know fall back to every ``nn.Linear`` inside a numbered layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,41 @@ _BERT = {
     "down": "output.dense",
 }
 
-#: model type -> role -> module name inside one encoder layer (a regular expression that must match the whole rest)
+_BART = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.out_proj",
+    "cross_query": "encoder_attn.q_proj",
+    "cross_key": "encoder_attn.k_proj",
+    "cross_value": "encoder_attn.v_proj",
+    "cross_output": "encoder_attn.out_proj",
+    "up": "fc1",
+    "down": "fc2",
+}
+_T5 = {
+    "query": "layer.0.SelfAttention.q",
+    "key": "layer.0.SelfAttention.k",
+    "value": "layer.0.SelfAttention.v",
+    "attention_output": "layer.0.SelfAttention.o",
+    "cross_query": "layer.1.EncDecAttention.q",
+    "cross_key": "layer.1.EncDecAttention.k",
+    "cross_value": "layer.1.EncDecAttention.v",
+    "cross_output": "layer.1.EncDecAttention.o",
+    "up": "layer.[12].DenseReluDense.wi(_[01])?",  # one, or two of which one is the gate
+    "down": "layer.[12].DenseReluDense.wo",
+}
+_LLAMA = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+#: model type -> role -> module name inside one layer (a regular expression that must match the whole rest)
 LAYER_LINEARS: dict[str, dict[str, str]] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -75,6 +109,15 @@ LAYER_LINEARS: dict[str, dict[str, str]] = {
         "up": "mlp.Wi",
         "down": "mlp.Wo",
     },
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "blenderbot-small"), _BART),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
+    "gpt2": {
+        "query_key_value": "attn.c_attn",
+        "attention_output": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
 }
 
 LAYER_NAME = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
@@ -83,11 +126,19 @@ COMPRESSED_TYPES = (LowRankSparseLinear, LowRankPlusSparseLinear, MixedRankLinea
 
 @dataclass(frozen=True)
 class Target:
-    """One compressible linear: its qualified name, the layer it stands in and its role there ("query", "up", ...)."""
+    """One compressible linear.
+
+    Args:
+        name: its qualified name.
+        layer: number of the layer that it stands in.
+        role: its role there ("query", "up", ...).
+        stack: qualified name of the list that holds the layer; encoder and decoder have one each.
+    """
 
     name: str
     layer: int
     role: str
+    stack: str = ""
 
 
 def find_targets(model: nn.Module) -> list[Target]:
@@ -107,17 +158,15 @@ def find_targets(model: nn.Module) -> list[Target]:
         match = LAYER_NAME.match(name)
         if match is None:
             continue
-        rest = match["rest"]
-        if roles is None:
-            targets.append(Target(name, int(match["layer"]), rest))
-            continue
-        role = next((role for role, pattern in roles.items() if re.fullmatch(pattern, rest)), None)
+        role = match["rest"]
+        if roles is not None:
+            role = next((role for role, pattern in roles.items() if re.fullmatch(pattern, match["rest"])), None)
         if role is not None:
-            targets.append(Target(name, int(match["layer"]), role))
+            targets.append(Target(name, int(match["layer"]), role, match["stack"]))
     if not targets:
         raise InputError(
             f"model: no encoder linear layer found in {type(model).__name__} "
-            f"(model type {getattr(model.config, 'model_type', 'unknown')!r}); pass a transformer encoder"
+            f"(model type {getattr(model.config, 'model_type', 'unknown')!r}); pass a transformer"
         )
     return targets
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .targets import LAYER_NAME, find_targets
+from .conv1d import use_linears
+from .targets import find_targets
 
 #: by how much of itself a share of layers may be missed upwards: 2 layers of 12 stand for 16 %
 TOLERANCE = 0.05
@@ -19,7 +20,7 @@ def layer_stack(model: nn.Module) -> str:
 
     InputError when there are several (encoder and decoder), or when layers share their weights.
     """
-    stacks = sorted({LAYER_NAME.match(target.name)["stack"] for target in find_targets(model)})
+    stacks = sorted({target.stack for target in find_targets(model)})
     if len(stacks) > 1:
         raise InputError(f"model: has several stacks of layers ({', '.join(stacks)}); only one can be cut short")
     (stack,) = stacks
@@ -51,7 +52,7 @@ def truncate(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == full and name.startswith("layer"):
             setattr(config, name, value[:layers])  # such as layer_types
     config.num_hidden_layers = layers
-    student = type(model)(config)
+    student = use_linears(type(model)(config))
     missing, _ = student.load_state_dict(model.state_dict(), strict=False)
     if missing:
         raise ValueError(f"model: {type(model).__name__} has no {missing[0]}, which its shorter copy needs")

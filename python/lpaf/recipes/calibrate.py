@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,19 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..data import TaskData, load_texts
+from ..data import TaskData, load_texts, sampled
+from ..data.texts import IGNORED
 from ..errors import InputError
-from ..evaluate.predict import run_over
+from ..evaluate.predict import default_batch, run_over
 from ..factorize import InputMoments
 from ..models.count import matrix_shapes
+from ..models.outputs import forward_inputs
 from ..processes import say
 from ..prune import PRUNERS
 from ..report.summary import format_bytes
 from ..retrain.batches import Collator
 from .fingerprints import content_fingerprint
-from .options import CALIBRATE_ON_TRAINING, CompressOptions, flag
+from .options import CompressOptions, flag
 
 if TYPE_CHECKING:
     from .methods import Method
@@ -67,13 +68,11 @@ def calibration_fingerprint(options: CompressOptions) -> str | None:
 
 
 def load_calibration(data: TaskData, options: CompressOptions) -> Dataset | None:
-    """The examples that ``--calibration`` names, before tokenisation; None without the option.
+    """The examples of the file that ``--calibration`` names, before tokenisation; None without one.
 
     Raises:
         InputError: no such file, one of another kind, empty or with other columns than the task's data.
     """
-    if options.calibration == CALIBRATE_ON_TRAINING:
-        return data.train
     path = options.calibration_file
     return None if path is None else load_texts(data, path, "--calibration")
 
@@ -86,36 +85,39 @@ def choose(encoded: Dataset, options: CompressOptions) -> Dataset:
     """
     if not len(encoded) or not any(encoded["length"]):
         raise InputError(f"--calibration {options.calibration}: holds no token; pass a file with text")
-    count = options.calibration_samples or SAMPLES
-    if count >= len(encoded):
-        return encoded
-    return encoded.select(sorted(random.Random(options.seed).sample(range(len(encoded)), count)))
+    return sampled(encoded, options.calibration_samples or SAMPLES, options.seed)
 
 
 def input_moments(
-    model: nn.Module, encoded: Dataset, tokenizer: Any, problem: str, batch_size: int
+    model: nn.Module, encoded: Dataset, tokenizer: Any, problem: str, batch_size: int | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The second moment of what enters every encoder linear of ``model`` on ``encoded``, and a record of it.
 
     Many processes share the batches of one and add up.
 
+    Args:
+        batch_size: examples per batch. Default: those of evaluation.
+
     Raises:
         InputError: the model's activations are not finite.
     """
     device = next(model.parameters()).device
-    names = [name for name in tokenizer.model_input_names if name in encoded.column_names]
-    batch = Collator(tokenizer, problem)([encoded.select_columns(names)[0]])
-    example = {name: value.to(device) for name, value in batch.items()}
-    was_training = model.training
-    model.eval()
-    moments = InputMoments(model, example)
+
+    def inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        taken = forward_inputs(model, batch)
+        if "decoder_input_ids" in taken and "labels" in batch:  # says which rows of the decoder are padding
+            taken["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
+        return taken
 
     def read(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        model(**batch)
+        model(**inputs(batch))
         return torch.empty(0)
 
-    with moments:
-        run_over(model, encoded, tokenizer, read, batch_size, "calibrate", problem)
+    was_training = model.training
+    model.eval()
+    example = {name: value.to(device) for name, value in Collator(tokenizer, problem)([encoded[0]]).items()}
+    with InputMoments(model, inputs(example)) as moments:
+        run_over(model, encoded, tokenizer, read, batch_size or default_batch(problem), "calibrate", problem)
     model.train(was_training)
     moments.sum_over_processes()
     for name, moment in moments.sums.items():

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
 
-from ..data import tokenize
+from ..data import sampled, tokenize
 from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
@@ -63,10 +63,13 @@ class Compression:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
         self.train = None if data.train is None else self.tokenize(data.train)
+        if self.train is not None and data.spec.is_language_modeling:  # whose examples are the blocks
+            self.train = sampled(self.train, options.max_train_samples, options.seed)
         self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
         self.calibration = None
-        if prepared.calibration is not None:
-            self.calibration = choose(self.tokenize(prepared.calibration), options)
+        if options.calibration is not None:
+            given = prepared.calibration
+            self.calibration = choose(self.train if given is None else self.tokenize(given), options)
         #: what decides the weights beside the options
         self.sources = {
             "data": data.fingerprint,
@@ -89,12 +92,22 @@ class Compression:
         pruner = PRUNERS[prepared.method.pruner] if prepared.method.pruner else Pruner
         self.prune_distill = self.distill if pruner.distill is None else pruner.distill
         self.mixed_rank_p = options.mixed_rank_p
+        #: the dense model, where it runs beside the student because its logits are too many to be kept
+        self.teacher: nn.Module | None = None
         self.findings = Findings(data.spec)
 
     def tokenize(self, examples: Dataset) -> Dataset:
         """Token ids of a split."""
         prepared, data = self.prepared, self.prepared.data
-        return tokenize(examples, prepared.tokenizer, data.spec, prepared.max_length, data.labels, spans=prepared.spans)
+        return tokenize(
+            examples,
+            prepared.tokenizer,
+            data.spec,
+            prepared.max_length,
+            data.labels,
+            spans=prepared.spans,
+            texts=prepared.texts,
+        )
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -104,7 +117,9 @@ class Compression:
         with self.findings.timed("evaluate"):
             for name, split in prepared.data.validation.items():
                 encoded = self.validation[name]
-                outputs, labels = task_outputs(model, spec, split, encoded, prepared.tokenizer, prepared.spans)
+                outputs, labels = task_outputs(
+                    model, spec, split, encoded, prepared.tokenizer, prepared.spans, prepared.texts
+                )
                 self.findings.score(stage, name, outputs, labels)
         say(f"{stage}: {spec.main_metric} {self.findings.metric(stage):.4f}")
 
@@ -150,6 +165,7 @@ class Compression:
                 callbacks=callbacks,
                 resume=self.workspace.resuming,
                 terms=terms,
+                teacher=self.teacher,
             )
 
     def once(self, stage: str, work: Callable[[], Tensors]) -> Tensors:
@@ -201,10 +217,16 @@ class Compression:
         return model
 
     def with_teacher(self, dense: nn.Module) -> Dataset:
-        """The training set with the dense model's logits as a column; each example is run once."""
+        """The training set with the dense model's logits as a column; each example is run once.
+
+        Where every token has a row of the vocabulary's size, nothing is kept and the dense model becomes ``teacher``.
+        """
         trains_pruner = self.prepared.method.pruner is not None and PRUNERS[self.prepared.method.pruner].trains
         taught = {self.distill if self.options.retrain_epochs else 0.0, self.prune_distill if trains_pruner else 0.0}
         if taught == {0.0}:
+            return self.train
+        if self.prepared.data.spec.predicts_tokens:
+            self.teacher = dense
             return self.train
 
         def work() -> Tensors:
@@ -267,9 +289,8 @@ class Compression:
         if self.calibration is not None:
             prepared = self.prepared
             with self.findings.timed("calibrate"):
-                self.moments, found = input_moments(
-                    model, self.calibration, prepared.tokenizer, prepared.data.spec.problem, self.options.batch_size
-                )
+                problem = prepared.data.spec.problem
+                self.moments, found = input_moments(model, self.calibration, prepared.tokenizer, problem)
             self.calibrated = {"source": self.options.calibration, **found}
 
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from ..data.files import SUFFIXES
+from ..data.files import SUFFIXES, TEXT_SUFFIX
 from ..models.checkpoint import resolve_model
 from .options import CompressOptions
 
@@ -46,5 +46,6 @@ def files_fingerprint(options: CompressOptions) -> str | None:
     given = [options.train_file, options.validation_file, options.test_file, options.calibration_file]
     files = [Path(file) for file in given if file is not None]
     if options.data_dir is not None and Path(options.data_dir).is_dir():
-        files += sorted(file for file in Path(options.data_dir).iterdir() if file.suffix in SUFFIXES)
+        kinds = (*SUFFIXES, TEXT_SUFFIX)
+        files += sorted(file for file in Path(options.data_dir).iterdir() if file.suffix in kinds)
     return content_fingerprint(files) if files else None

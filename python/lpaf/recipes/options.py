@@ -35,8 +35,8 @@ class CompressOptions:
     model: str = option("", "model directory, Hub name, or built-in short name (minilm-l6)", "what", metavar="MODEL")
     task: str = option(
         "",
-        "task name: sst2, cola, mrpc, ..., squad, squad_v2, text-classification, text-regression, question-answering, "
-        "docstrings",
+        "task name: sst2, cola, mrpc, ..., squad, squad_v2, cnn_dailymail, xsum, text-classification, text-regression, "
+        "question-answering, summarization, language-modeling, docstrings",
         "what",
     )
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
@@ -63,16 +63,25 @@ class CompressOptions:
     force: bool = option(False, "accept ranks above break-even, where factors outweigh their matrix", "size")
 
     data_dir: str | None = option(
-        None, "folder with train.* and validation.* (csv, json, jsonl, parquet)", "data", metavar="DIR"
+        None,
+        "folder with train.* and validation.* (csv, json, jsonl, parquet; txt for language-modeling)",
+        "data",
+        metavar="DIR",
     )
     train_file: str | None = option(None, "training file, instead of --data-dir", "data", metavar="FILE")
     validation_file: str | None = option(None, "validation file, instead of --data-dir", "data", metavar="FILE")
     test_file: str | None = option(
         None, "file that every stage is also scored on, apart from validation", "data", metavar="FILE"
     )
-    max_train_samples: int | None = option(None, "use at most N training examples (seeded choice)", "data", metavar="N")
+    max_train_samples: int | None = option(
+        None, "use at most N training examples, or blocks of running text (seeded choice)", "data", metavar="N"
+    )
     max_length: int | None = option(
-        None, "tokens per example (default: 384 for questions, else 128, or what the model takes)", "data", metavar="N"
+        None,
+        "tokens per example (default: 384 for questions, 512 for summaries and running text, else 128, or what the "
+        "model takes)",
+        "data",
+        metavar="N",
     )
 
     calibration: str | None = option(
@@ -103,9 +112,26 @@ class CompressOptions:
         metavar="X",
     )
 
+    max_target_length: int | None = option(
+        None, "tokens of a summary that the model is trained on (default: 128)", "texts", metavar="N"
+    )
+    num_beams: int | None = option(
+        None, "beams of the search for a summary; 1 is greedy (default: 4)", "texts", metavar="N"
+    )
+    generate_length: int | None = option(
+        None, "most tokens of a summary that is written (default: --max-target-length)", "texts", metavar="N"
+    )
+    length_penalty: float | None = option(
+        None, "above 0 favours long summaries, below 0 short ones (default: the model's own)", "texts", metavar="X"
+    )
+    no_repeat_ngram: int | None = option(
+        None, "write no N tokens in a row twice; 0 allows it (default: the model's own)", "texts", metavar="N"
+    )
+
     finetune_epochs: float | None = option(
         None,
-        "epochs of dense fine-tuning (default: 0 if the model has a trained head for the task, else 3)",
+        "epochs of dense fine-tuning (default: 0 if the model has a trained head for the task, else 3; 3 for summaries "
+        "and running text)",
         "training",
         metavar="F",
     )
@@ -331,6 +357,11 @@ INDEPENDENT = {
 def answer_fields() -> dict[str, dataclasses.Field]:
     """The options of question answering, by name."""
     return {field.name: field for field in dataclasses.fields(CompressOptions) if field.metadata["group"] == "answers"}
+
+
+def text_fields() -> dict[str, dataclasses.Field]:
+    """The options of summarisation, by name."""
+    return {field.name: field for field in dataclasses.fields(CompressOptions) if field.metadata["group"] == "texts"}
 
 
 def flag(name: str) -> str:

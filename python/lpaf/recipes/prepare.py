@@ -12,17 +12,18 @@ from transformers import set_seed
 
 from ..data import TaskData, check_labels, get_task, load_task
 from ..data.spans import SpanOptions, span_options
+from ..data.texts import TextOptions, text_options
 from ..errors import InputError
-from ..models.checkpoint import is_compressed, load_config, load_dense, load_tokenizer
+from ..models.checkpoint import check_kind, is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
 from ..models.device import resolve_device
-from ..models.positions import resolve_length
+from ..models.positions import most_tokens, resolve_length
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
 from .calibrate import load_calibration
 from .methods import Method, get_method
-from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields
+from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields, text_fields
 from .workspace import check_output, is_published
 
 #: ends of the names of architectures that look back only
@@ -35,7 +36,7 @@ class Prepared:
 
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
     they share, or by the error asked for. ``layers``: how many a method that leaves layers out keeps. ``calibration``:
-    the examples of ``--calibration``.
+    the examples of the file that ``--calibration`` names.
     """
 
     options: CompressOptions
@@ -43,6 +44,7 @@ class Prepared:
     data: TaskData
     max_length: int
     spans: SpanOptions
+    texts: TextOptions
     tokenizer: Any
     model: nn.Module
     rank: int | None
@@ -101,6 +103,14 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         raise InputError(
             f"--model {options.model}: is already compressed by lpaf; pass the dense model that it was made from"
         )
+    check_kind(config, spec.problem, options.model)
+    texts = {name: getattr(options, name) for name in text_fields()}
+    texts = text_options(spec, texts, config, most_tokens(config))
+    if config.is_encoder_decoder and method.factorizer is None:
+        raise InputError(
+            f"--method {method.name}: leaves layers out of one stack, and --model {options.model} has two, encoder and "
+            "decoder; pass --method lpaf or svd"
+        )
     max_length = resolve_length(options.max_length, spec.max_length, config)
     data = load_task(
         spec,
@@ -130,7 +140,8 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
     epochs = options.finetune_epochs
     if epochs is None:
-        epochs = 0.0 if head_trained else 3.0
+        # a language model's head is trained whatever it was trained on
+        epochs = 0.0 if head_trained and not spec.predicts_tokens else 3.0
     if epochs == 0 and not head_trained:
         raise InputError(
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
@@ -143,6 +154,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         data=data,
         max_length=max_length,
         spans=spans,
+        texts=texts,
         tokenizer=tokenizer,
         model=model,
         rank=rank,

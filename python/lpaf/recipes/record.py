@@ -163,6 +163,7 @@ def run_record(
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
+            **(dataclasses.asdict(prepared.texts) if spec.is_summarization else {}),
             "weighting": prepared.method.weighting,
             "device": prepared.device,
         },

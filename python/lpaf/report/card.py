@@ -37,6 +37,12 @@ TAGS = {
     "truncate": ("truncated",),
     "kd": ("truncated", "knowledge-distillation"),
 }
+#: problem -> the Hub's name for what a model does
+PIPELINE_TAGS = {
+    "question-answering": "question-answering",
+    "summarization": "summarization",
+    "language-modeling": "text-generation",
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -47,10 +53,9 @@ def hub_id(model: str) -> str | None:
 
 def front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
     """The card's metadata, without a licence: that of the original model holds, and it is not known here."""
-    questions = report.get("problem") == "question-answering"
     fields: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "question-answering" if questions else "text-classification",
+        "pipeline_tag": PIPELINE_TAGS.get(report.get("problem"), "text-classification"),
         "tags": ["lpaf", "model-compression", *TAGS.get(report["method"], ())],
         "metrics": [report["metric"]["name"], *report["metric"].get("others", ())],
     }

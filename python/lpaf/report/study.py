@@ -30,6 +30,8 @@ EXAMPLE_SCORES = {
     "classification": "right and wrong",
     "regression": "the squared error",
     "question-answering": "F1",
+    "summarization": "ROUGE-2",
+    "language-modeling": "the mean loss of a block",
 }
 MARKERS = "osD^vP*X<>"
 TRADE_OFF_CAPTION = (

@@ -255,6 +255,20 @@ start, end = output.start_logits.argmax(), output.end_logits.argmax()
 print(tokenizer.decode(batch.input_ids[0, start : end + 1]))
 """,
     ),
+    "summarization": (
+        "AutoModelForSeq2SeqLM",
+        '["a text to summarise"]',
+        """written = model.generate(**batch, num_beams=4, max_new_tokens=128)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+""",
+    ),
+    "language-modeling": (
+        "AutoModelForCausalLM",
+        '["The beginning of a text"]',
+        """written = model.generate(**batch, max_new_tokens=40)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+""",
+    ),
 }
 _CLASSIFY = ("AutoModelForSequenceClassification", '["a sentence to classify"]', "print(model(**batch).logits)\n")
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import BatchSampler, Sampler
 
+from ..data.tasks import TOKEN_PROBLEMS
+from ..data.texts import IGNORED
 from ..models.outputs import PADDING
 
 
@@ -83,6 +86,11 @@ class BatchShare(Sampler[list[int]]):
         return self.processes * mine / whole
 
 
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """int64 [B, T], with ``value`` after the end of a row."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
 class Collator:
     """Pads a list of tokenised examples to the longest and stacks labels, teacher logits and indices.
 
@@ -90,7 +98,8 @@ class Collator:
         tokenizer: pads ``input_ids`` and its companions.
         problem: labels become float32 for "regression", else int64. For "question-answering", where labels are
             positions and teacher logits are those of every position, starts before ends, padding goes to the end
-            whatever the tokenizer prefers.
+            whatever the tokenizer prefers. So it does where labels are tokens, which are padded with ``IGNORED``;
+            blocks for "language-modeling" need no token for padding.
     """
 
     def __init__(self, tokenizer: Any, problem: str) -> None:
@@ -100,8 +109,14 @@ class Collator:
         names = [name for name in self.tokenizer.model_input_names if name in examples[0]]
         spans = self.problem == "question-answering"
         rows = [{name: row[name] for name in names} for row in examples]
-        batch = dict(self.tokenizer.pad(rows, padding_side="right" if spans else None, return_tensors="pt"))
-        if "labels" in examples[0]:
+        if self.problem == "language-modeling":
+            batch = {name: _padded([row[name] for row in rows], 0) for name in ("input_ids", "attention_mask")}
+        else:
+            side = "right" if spans or self.problem in TOKEN_PROBLEMS else None
+            batch = dict(self.tokenizer.pad(rows, padding_side=side, return_tensors="pt"))
+        if "labels" in examples[0] and self.problem in TOKEN_PROBLEMS:
+            batch["labels"] = _padded([row["labels"] for row in examples], IGNORED)
+        elif "labels" in examples[0]:
             dtype = torch.float32 if self.problem == "regression" else torch.int64
             batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)
         if "index" in examples[0]:

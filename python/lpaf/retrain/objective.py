@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..data.tasks import TOKEN_PROBLEMS
+from ..data.texts import IGNORED
+
 
 def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, problem: str, temperature: float) -> torch.Tensor:
     """T^2 KL(teacher || student) at temperature T over rows [R, C], mean squared error for regression [B, 1]."""
@@ -28,7 +31,7 @@ def consistency_loss(first: torch.Tensor, second: torch.Tensor, problem: str) ->
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
-    """One row per decision: [B, C] as it is, [B, 2, T] as [2 * B, T]."""
+    """One row per decision: [B, C] as it is, [B, 2, T] as [2 * B, T], [B, T, V] as [B * T, V]."""
     return logits.flatten(0, -2)
 
 
@@ -39,9 +42,11 @@ class Objective:
     loss = (1 - distill) * task + distill * distillation + consistency * consistency
 
     A question is two classifications over the positions of its window, start and end: all terms are means over both.
+    Where labels are tokens, every position that has one is a classification over the vocabulary: all terms are means
+    over the tokens of the batch, so that long texts weigh more than short ones.
 
     Args:
-        problem: "classification" and "question-answering" (cross entropy) or "regression" (mean squared error).
+        problem: "regression" (mean squared error), or another (cross entropy).
         distill: weight of logit distillation in [0, 1]; needs teacher logits. Default: 0.
         temperature: softmax temperature of the distillation. Default: 2.
         consistency: weight of the consistency term; above 0 every batch runs twice. Default: 0.
@@ -68,17 +73,23 @@ class Objective:
         """Loss and its parts.
 
         Args:
-            logits: [passes * B, C], or [passes * B, 2, T] for question answering (``models.outputs.task_logits``).
-            labels: [B], or [B, 2].
-            teacher: logits [B, C] or [B, 2, T], or None without distillation.
+            logits: [passes * B, C], [passes * B, 2, T] for question answering (``models.outputs.task_logits``), or
+                [passes * B, T, V] for tokens.
+            labels: [B], [B, 2], or [B, T] with ``IGNORED`` where there is none.
+            teacher: logits [B, C], [B, 2, T] or [B, T, V], or None without distillation.
         """
-        outputs, labels = _rows(logits.float()).chunk(self.passes), labels.flatten()
+        outputs, labels = _rows(logits).chunk(self.passes), labels.flatten()
+        if self.problem in TOKEN_PROBLEMS:
+            labelled = labels != IGNORED
+            outputs, labels = [output[labelled] for output in outputs], labels[labelled]
+            teacher = None if teacher is None else _rows(teacher)[labelled]
+        outputs = [output.float() for output in outputs]
         loss = torch.stack([self.task_loss(output, labels) for output in outputs]).mean()
         parts = {"task": loss.detach()}
         if self.distill > 0:
             if teacher is None:
                 raise ValueError("distill: needs the teacher's logits in every batch")
-            target = _rows(teacher)
+            target = _rows(teacher).float()
             terms = [distillation_loss(output, target, self.problem, self.temperature) for output in outputs]
             distilled = torch.stack(terms).mean()
             parts["distillation"] = distilled.detach()

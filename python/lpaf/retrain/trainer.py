@@ -20,8 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lpaf_kernels import MixedRankLinear
 
+from ..data.tasks import TOKEN_PROBLEMS
+from ..data.texts import IGNORED
 from ..errors import TrainingDivergedError
-from ..models.outputs import task_logits
+from ..models.outputs import forward_inputs, task_logits
 from ..processes import exchange, from_main, launched, process_place, together
 from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
@@ -84,7 +86,10 @@ def make_optimizer(model: nn.Module, options: TrainOptions, decayed: set[str]) -
 
 
 class StageTrainer(Trainer):
-    """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history."""
+    """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history.
+
+    ``teacher`` is a model that runs beside the trained one where logits are too many to be kept.
+    """
 
     def __init__(
         self,
@@ -93,9 +98,11 @@ class StageTrainer(Trainer):
         objective: Objective,
         options: TrainOptions,
         terms: Sequence[Term] = (),
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         self.stage, self.objective, self.options, self.terms = stage, objective, options, terms
+        self.teacher = teacher if objective.distill > 0 else None
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._diverged: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
@@ -130,12 +137,12 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One batch, doubled when the objective compares two passes; the objective plus the terms."""
-        batch, inputs = inputs, dict(inputs)
-        inputs.pop("index", None)
-        labels = inputs.pop("labels")
-        teacher = inputs.pop("teacher_logits", None)
+        batch, inputs = inputs, forward_inputs(self.accelerator.unwrap_model(model), inputs)
+        labels, teacher = batch["labels"], batch.get("teacher_logits")
+        if self.teacher is not None:
+            teacher = self.taught(inputs)
         if self.objective.passes == 2:
-            inputs = {name: torch.cat((value, value)) for name, value in inputs.items()}
+            inputs |= {name: torch.cat((value, value)) for name, value in inputs.items() if torch.is_tensor(value)}
         outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
         logits = task_logits(outputs, inputs.get("attention_mask"))
         loss, parts = self.objective(logits, labels, teacher)
@@ -145,10 +152,19 @@ class StageTrainer(Trainer):
             parts |= {name: value.detach() for name, value in added.items()}
         # Gradients and logs are the means over the processes, whose shares of a short batch differ.
         weight = self.share.weight(self.state.global_step % len(self.share))
+        if self.objective.problem in TOKEN_PROBLEMS and process_place()[1] > 1:
+            weight = token_weight(int((labels != IGNORED).sum()) if weight else 0)
         loss = weight * loss
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(weight * part)
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def taught(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The teacher's logits of a batch."""
+        self.teacher.eval()
+        with torch.autocast(inputs["input_ids"].device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
+            return task_logits(self.teacher(**inputs), inputs.get("attention_mask"))
 
     # divergence ------------------------------------------------------------------------------------------------------
 
@@ -199,6 +215,12 @@ class StageTrainer(Trainer):
                 shutil.rmtree(other, ignore_errors=True)
 
 
+def token_weight(tokens: int) -> float:
+    """By what the mean over this process's ``tokens`` of a batch counts in the mean of all processes' means."""
+    shares = exchange(tokens)
+    return len(shares) * tokens / sum(shares)
+
+
 class ProgressBar(TrainerCallback):
     """One bar per stage with the current loss and schedule values."""
 
@@ -237,17 +259,17 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def leaves_out(model: nn.Module, tokenizer: Any, batch: dict[str, torch.Tensor]) -> bool:
+def leaves_out(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     """Whether some step leaves trained parameters without a gradient: a model that does not use all of its own, factors
     that give way to their sparse matrix."""
     if any(isinstance(module, MixedRankLinear) for module in model.modules()):
         return True
     device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in tokenizer.model_input_names if name in batch}
+    inputs = forward_inputs(model, {name: value.to(device) for name, value in batch.items()})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng():
         outputs = model(**inputs)
-    total = sum(value.float().sum() for value in outputs.values() if torch.is_tensor(value))
+    total = sum(value.float().sum() for value in outputs.values() if torch.is_tensor(value) and value.requires_grad)
     return any(grad is None for grad in torch.autograd.grad(total, trained, allow_unused=True))
 
 
@@ -262,6 +284,7 @@ def train_stage(
     callbacks: list[TrainerCallback] | None = None,
     resume: bool = False,
     terms: Sequence[Term] = (),
+    teacher: nn.Module | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place and return the logged history.
 
@@ -272,6 +295,8 @@ def train_stage(
         callbacks: schedules of the pruner or of mixed-rank training; what they set as ``progress`` is logged.
         resume: continue from the newest whole checkpoint of ``directory`` if there is one.
         terms: further losses; see :data:`Term`. Default: none.
+        teacher: model whose logits the objective distils, run on every batch in eval mode, for datasets without
+            ``teacher_logits``. Default: none.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
@@ -298,7 +323,7 @@ def train_stage(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=options.device != "cpu",
-        ddp_find_unused_parameters=launched() and leaves_out(model, tokenizer, collate([dataset[0]])),
+        ddp_find_unused_parameters=launched() and leaves_out(model, collate([dataset[0]])),
         # what is in buffers (thresholds, sparse matrices) every process computes for itself
         ddp_broadcast_buffers=False,
     )
@@ -311,6 +336,7 @@ def train_stage(
         objective=objective,
         options=options,
         terms=terms,
+        teacher=teacher,
         train_dataset=dataset.add_column("index", list(range(len(dataset)))) if terms else dataset,
         data_collator=collate,
         callbacks=[*(callbacks or []), ProgressBar(stage)],
