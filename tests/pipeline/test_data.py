@@ -100,7 +100,8 @@ def config(*names):
 def test_registry_covers_glue_and_own_data():
     glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
     own = ["text-classification", "text-regression", "question-answering"]
-    assert list(TASKS) == [*glue, "squad", "squad_v2", *own, "docstrings"]
+    texts = ["cnn_dailymail", "xsum", "summarization", "language-modeling"]
+    assert list(TASKS) == [*glue, "squad", "squad_v2", *texts, *own, "docstrings"]
     assert TASKS["squad"].hub == ("rajpurkar/squad", "plain_text")
     assert [task.name for task in TASKS.values() if task.unanswerable] == ["squad_v2"]
     assert all(TASKS[name].hub == ("nyu-mll/glue", name) for name in glue)

@@ -500,6 +500,8 @@ def test_masks_round_trip_and_downsample():
 def test_places_of_matrices():
     assert figures.matrix_place("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
     assert figures.matrix_place("encoder.block.2.layer.0.SelfAttention.q") == (2, "layer.0.SelfAttention.q")
+    assert figures.matrix_place("decoder.block.2.layer.1.EncDecAttention.q") == (2, "decoder.layer.1.EncDecAttention.q")
+    assert figures.matrix_place("model.decoder.layers.0.fc1") == (0, "decoder.fc1")
     assert figures.matrix_place("head") == (0, "head")
     names = {"l.10.b": {}, "l.2.c": {}, "l.2.a": {}}
     assert list(figures.in_order(names)) == ["l.2.a", "l.2.c", "l.10.b"]

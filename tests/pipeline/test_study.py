@@ -196,6 +196,25 @@ def test_tuning_picks_the_best_on_validation_where_it_is_told_to(done, tmp_path,
     assert len(metrics) == 2 * (3 + 3), "three rates at one cell, the best one in the other three cells"
 
 
+def test_tuning_takes_the_least_perplexity(tiny_model, tmp_path, monkeypatch):
+    changes = [('task = "text-classification"', 'task = "language-modeling"'), ("rank = [2, 4]", "rank = [2]")]
+    text = FILE + "[tune]\nretrain_lr = [1e-4, 1e-3, 1e-2]\n"
+    (tmp_path / "train.txt").write_text("text")
+    paths = {"model": str(tiny_model), "data_dir": str(tmp_path)}
+    work = Study(read_study(written(tmp_path / "s.toml", text, *changes), paths), tmp_path, "lpaf study")
+
+    def finish(run, left):
+        directory = tmp_path / run.name
+        directory.mkdir()
+        perplexity = 20 + abs(run.tuned["retrain_lr"] - 1e-3)
+        (directory / "report.json").write_text(json.dumps({"metric": {"compressed": perplexity}}))
+        return True
+
+    monkeypatch.setattr(work, "attempt", finish)
+    work.work()
+    assert {run.tuned["retrain_lr"] for run in work.final()} == {1e-3}
+
+
 def test_methods_may_not_repeat_the_grid(tmp_path):
     path = written(tmp_path / "s.toml", FILE, ("keep = 0.3", "rank = 3"))
     with pytest.raises(InputError, match=r"rank is in \[methods.lpaf\] and in \[grid\]"):

@@ -50,6 +50,7 @@ import tomllib
 
 import lpaf_kernels
 
+from ..data import get_task
 from ..errors import InputError
 from ..models.count import check_size
 from ..processes import from_main, is_main, process_place, say, start
@@ -310,7 +311,9 @@ class Study:
             return runs[0].tuned
         if not all(self.ended(run) for run in runs):
             return None
-        scores = [report["metric"]["compressed"] if (report := self.report(run)) else float("-inf") for run in runs]
+        sign = -1 if get_task(runs[0].settings["task"]).lower_is_better else 1
+        reports = [self.report(run) for run in runs]
+        scores = [sign * report["metric"]["compressed"] if report else float("-inf") for report in reports]
         return runs[scores.index(max(scores))].tuned
 
     def final(self) -> Iterator[Run]:

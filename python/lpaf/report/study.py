@@ -19,7 +19,7 @@ from safetensors import safe_open
 from lpaf.data.task_data import TEST
 from lpaf.evaluate.metrics import PairedTest, paired_scores
 from lpaf.report.figures import MUTED, Picture, grid, styled, to_png
-from lpaf.report.summary import MISSING, STAGES, format_rank, is_number
+from lpaf.report.summary import LOWER_IS_BETTER, MISSING, STAGES, format_rank, is_number
 from lpaf.report.write import ANALYSIS_FILE, REPORT_FILE
 
 Cell = tuple[tuple[str, Any], ...]
@@ -63,6 +63,11 @@ class Outcome:
         return self.report["metric"]["details"].get(stage, {}).get(split, {}).get(self.report["metric"]["name"])
 
     @property
+    def metric_name(self) -> str:
+        """The main metric."""
+        return self.report["metric"]["name"]
+
+    @property
     def splits(self) -> list[str]:
         """The splits that were scored, ``--test-file``'s last."""
         return sorted(self.report["metric"]["details"]["compressed"], key=lambda split: split == TEST)
@@ -75,7 +80,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table: the mean over seeds, and the row it is compared with: its mean, and the test of both."""
+    """One cell of a table: the mean over seeds, and the row it is compared with: its mean, and the test of both.
+
+    What is written is ``scale`` times the metric: 100 for shares.
+    """
 
     label: str
     cell: Cell
@@ -83,6 +91,7 @@ class Entry:
     theirs: float | None = None
     test: PairedTest | None = None
     missing: int = 0
+    scale: int = 100
 
     @property
     def mean(self) -> float:
@@ -94,14 +103,19 @@ class Entry:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        text = f"{100 * self.mean:.2f}"
+        text = f"{self.scale * self.mean:.2f}"
         if self.deviation is not None:
-            text += f" ± {100 * self.deviation:.2f}"
+            text += f" ± {self.scale * self.deviation:.2f}"
         if self.missing:
             text += f" [{self.missing} of {self.missing + len(self.values)} seeds missing]"
         if self.test is not None:
-            text += f" ({100 * (self.mean - self.theirs):+.2f}, p = {self.test.p_value:.2g})"
+            text += f" ({self.scale * (self.mean - self.theirs):+.2f}, p = {self.test.p_value:.2g})"
         return text
+
+
+def metric_scale(name: str) -> int:
+    """By what a metric is multiplied in tables: shares are written as percentages."""
+    return 1 if name in LOWER_IS_BETTER else 100
 
 
 def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome], stage: str, split: str) -> PairedTest | None:
@@ -122,7 +136,8 @@ def table(outcomes: Sequence[Outcome], stage: str, split: str, against: str | No
     seeds = max((len(runs) for runs in groups.values()), default=0)
     entries = []
     for (label, cell), runs in groups.items():
-        entry = Entry(label, cell, [run.metric(stage, split) for run in runs], missing=seeds - len(runs))
+        values = [run.metric(stage, split) for run in runs]
+        entry = Entry(label, cell, values, missing=seeds - len(runs), scale=metric_scale(runs[0].metric_name))
         others = groups.get((against, cell), []) if label != against else []
         if others:
             theirs = statistics.fmean(run.metric(stage, split) for run in others)
@@ -262,7 +277,10 @@ def study_text(title: str, outcomes: Sequence[Outcome], against: str | None, sco
         return f"# {title}\n\nNo run is finished yet.\n"
     name, splits = outcomes[0].report["metric"]["name"], outcomes[0].splits
     dense = {split: statistics.fmean(run.metric("dense", split) for run in outcomes) for split in splits}
-    legend = f"{name} x 100, mean over seeds ± standard deviation"
+    scale = metric_scale(name)
+    legend = f"{name}{f' x {scale}' if scale != 1 else ''}, mean over seeds ± standard deviation"
+    if name in LOWER_IS_BETTER:
+        legend = legend.replace(name, f"{name} (lower is better)", 1)
     if against is not None:
         score = EXAMPLE_SCORES[outcomes[0].report.get("problem", "classification")]
         legend += f"; in brackets the difference to {against}, and p of the paired test of {score} example by example"
@@ -271,7 +289,7 @@ def study_text(title: str, outcomes: Sequence[Outcome], against: str | None, sco
         for stage in scored:
             entries = table(outcomes, stage, split, against)
             parts += [
-                f"## {split}, {STAGE_WORDS[stage]} (dense {100 * dense[split]:.2f})",
+                f"## {split}, {STAGE_WORDS[stage]} (dense {scale * dense[split]:.2f})",
                 result_table(entries),
             ]
     rows = run_rows(outcomes)
