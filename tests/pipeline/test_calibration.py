@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +30,7 @@ from lpaf.models.targets import encoder_linears
 from lpaf.recipes.calibrate import choose, input_moments
 from lpaf.recipes.compress import compress
 from lpaf.recipes.options import INDEPENDENT, CompressOptions
-from tiny import SMALL, build, questions, sentences, write_model, write_rows
+from tiny import SMALL, build, questions, sentences, stories, write_model, write_rows, write_text_model
 
 # the optimum ----------------------------------------------------------------------------------------------------------
 
@@ -494,6 +498,44 @@ def test_stages_before_do_not_depend_on_calibration():
         assert {"calibration", "calibration_samples"} <= set(independent), stage
 
 
+@pytest.mark.parametrize(("model_type", "task"), [("gpt2", "language-modeling"), ("bart", "summarization")])
+def test_texts_calibrate(tmp_path, model_type, task):
+    """Blocks of a text file, and summaries, whose tokens are what enters the decoder."""
+    model = write_text_model(tmp_path / "model", model_type)
+    file = tmp_path / "calibration.txt"
+    if task == "summarization":
+        file = write_rows(tmp_path / "calibration.jsonl", stories(20, seed=1))
+    else:
+        file.write_text(" ".join(row["text"] for row in stories(40, seed=1)))
+    write_rows(tmp_path / "validation.jsonl", stories(10, seed=2))
+    _, report = compress(
+        untrained(
+            tmp_path, tmp_path / "out", model=str(model), task=task, max_length=20, calibration=str(file),
+            calibration_samples=15, validation_file=str(tmp_path / "validation.jsonl"),
+        )
+    )  # fmt: skip
+    found, linears = report["calibration"], report["rank"]["per_matrix"]
+    assert found["examples"] == 15
+    assert found["moments"] == {"gpt2": 2 * 4, "bart": 2 * 4 + 2 * 6 + 1}[model_type]
+    assert all(0 < entry["error"] < 1 for entry in linears.values())
+
+
+def test_summaries_have_the_mask_of_their_own_tokens(tmp_path):
+    """The batches of the pipeline, in which the decoder's inputs are made of labels padded with -100."""
+    source = write_text_model(tmp_path / "model", "bart")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(source).double()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    file = write_rows(tmp_path / "validation.jsonl", [row | {"summary": row["text"]} for row in stories(6, seed=3)])
+    file.write_text(file.read_text() + json.dumps({"text": "the film is good and a warm story", "summary": "good"}))
+    data = load_task("summarization", validation_file=file, evaluation_only=True)
+    encoded = tokenize(data.validation["validation"], tokenizer, data.spec, 20)
+    whole, record = input_moments(model, encoded, tokenizer, "summarization", batch_size=7)
+    alone, _ = input_moments(model, encoded, tokenizer, "summarization", batch_size=1)
+    for name, moment in whole.items():
+        torch.testing.assert_close(alone[name], moment, rtol=1e-9, atol=1e-9, msg=name)
+    assert record["tokens"] == max(sum(map(len, encoded["labels"])), sum(encoded["length"]))
+
+
 # refusals -------------------------------------------------------------------------------------------------------------
 
 FILE = "calibration.jsonl"
@@ -558,6 +600,46 @@ def test_model_whose_activations_are_not_finite_is_refused(mood):
     encoder_linears(model)["bert.encoder.layer.0.intermediate.dense"].bias.data[3] = math.inf
     with pytest.raises(InputError, match=r"--calibration: what enters bert.encoder.layer.0.output.dense is not finite"):
         input_moments(model, encoded, tokenizer, "classification", batch_size=16)
+
+
+# a real language model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def story_teller(tmp_path_factory) -> Path:
+    """Folder of a small Llama and of stories that it tells, by different seeds for calibration and evaluation."""
+    shared = Path(os.environ.get("LPAF_TEST_DATA", Path(__file__).parents[3] / "shared")) / "models" / "stories260K"
+    if not shared.is_dir():
+        pytest.skip("no story teller; point LPAF_TEST_DATA at a folder with models/stories260K/stories260K.bin")
+    root = Path(__file__).parents[2]
+    output = tmp_path_factory.mktemp("stories")
+    words = [sys.executable, "-m", "benchmarks.studies.stories", "--samples", "60", "--output", output]
+    words += ["--bin", shared / "stories260K.bin", "--tokenizer", shared / "tok512.bin"]
+    subprocess.run([str(word) for word in words], cwd=root, check=True, capture_output=True)
+    return output
+
+
+@pytest.mark.slow
+def test_calibration_lowers_the_perplexity_of_a_language_model(story_teller, tmp_path, monkeypatch):
+    """No training, no training file; one rank for all matrices and one for each."""
+    monkeypatch.setattr("lpaf.report.write.render_html", lambda *_: "")  # its pictures take longer than the run
+    perplexity = {}
+    for auto, ratio, calibration in itertools.product((True, False), (0.8, 0.6, 0.4), (None, "train.txt")):
+        data = story_teller / "data"
+        options = CompressOptions(
+            model=str(story_teller / "model"), task="language-modeling", validation_file=str(data / "validation.txt"),
+            output=str(tmp_path / f"{auto}-{ratio}-{calibration}"), method="svd", rank="auto" if auto else None,
+            ratio=ratio, force=not auto, calibration=calibration and str(data / calibration), finetune_epochs=0,
+            retrain_epochs=0, bench_batch=1, bench_length=16,
+        )  # fmt: skip
+        _, report = compress(options)
+        metric = report["metric"]
+        assert metric["dense"] < 6.0, "the model's own stories"
+        assert report["encoder_params"]["ratio"] == pytest.approx(ratio, abs=0.03)
+        perplexity[auto, ratio, bool(calibration)] = metric["compressed"]
+    for auto, ratio in itertools.product((True, False), (0.8, 0.6, 0.4)):
+        assert perplexity[auto, ratio, True] < 0.5 * perplexity[auto, ratio, False], (auto, ratio)
+        assert perplexity[True, ratio, True] < perplexity[False, ratio, True], "a rank of its own for each matrix"
 
 
 # processes and death --------------------------------------------------------------------------------------------------

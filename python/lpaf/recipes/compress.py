@@ -335,9 +335,7 @@ class Compression:
         return student, Factorized(dict.fromkeys(weights, 0.0), weights)
 
     def retrain(self, model: nn.Module, factorized: Factorized, train_set: Dataset, stage: str = "retrain") -> None:
-        """Retrain the factorised ``model`` in place; not at all where no epochs are asked for."""
-        if not self.options.retrain_epochs:
-            return
+        """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
         epochs = options.retrain_epochs
         if method.pruner is None or not PRUNERS[method.pruner].trains:
@@ -412,15 +410,18 @@ class Compression:
         rank: int | Mapping[str, int] | None,
         suffix: str = "",
     ) -> tuple[nn.Module, Factorized]:
-        """Factorise a copy of ``sparse`` at ``rank``, or leave out layers of it (None), and retrain it; ``suffix``
-        tells its records apart."""
+        """Factorise a copy of ``sparse`` at ``rank``, or leave out layers of it (None), and retrain it if
+        epochs are asked for; ``suffix`` tells its records apart."""
         if rank is None:
             model, factorized = self.truncate(sparse, stage=f"factorized{suffix}")
         else:
             model = copy.deepcopy(sparse)
             factorized = self.factorize(model, scores, rank, stage=f"factorized{suffix}")
-        self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
-        self.evaluate(f"compressed{suffix}", model)
+        if self.options.retrain_epochs:
+            self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
+            self.evaluate(f"compressed{suffix}", model)
+        else:
+            self.findings.repeat(f"factorized{suffix}", f"compressed{suffix}")
         return model.eval(), factorized
 
     def publish(self, model: nn.Module, report: dict[str, Any], analysis: dict[str, torch.Tensor]) -> None:

@@ -55,6 +55,12 @@ class Findings:
         self.details.setdefault(stage, {})[split] = compute_metrics(self.spec, outputs, labels)
         self.examples[f"{stage}.{split}"] = torch.from_numpy(example_scores(self.spec, outputs, labels))
 
+    def repeat(self, stage: str, other: str) -> None:
+        """Record for ``other`` what ``stage`` scored: the same model."""
+        self.details[other] = self.details[stage]
+        for split in self.details[stage]:
+            self.examples[f"{other}.{split}"] = self.examples[f"{stage}.{split}"].clone()
+
     def metric(self, stage: str, name: str | None = None) -> float | None:
         """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
         findings."""
