@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .load import check_labels, load_task, sampled, tokenize
+from .load import check_labels, load_task, load_texts, sampled, tokenize
 from .task_data import TaskData, make_task_data
 from .tasks import TASKS, TaskSpec, get_task
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_labels",
     "get_task",
     "load_task",
+    "load_texts",
     "make_task_data",
     "sampled",
     "tokenize",

@@ -83,6 +83,39 @@ def load_task(
     return data
 
 
+def load_texts(data: TaskData, path: str | Path, argument: str) -> Dataset:
+    """The texts of one more file, with the text columns of ``data``; labels are neither needed nor read.
+
+    Args:
+        data: the task's examples.
+        path: a file of the kinds that ``load_task`` reads. Questions need their answers and texts their summaries, as
+            in training.
+        argument: the option that named the file, for messages.
+
+    Returns:
+        What ``tokenize`` takes: the text columns and, where examples have labels, a ``label`` that says nothing.
+
+    Raises:
+        InputError: the file is missing, empty or of another kind, or has other columns; a row cannot be read.
+    """
+    spec, source = data.spec, _Source(Path(path), argument)
+    if spec.is_question_answering:
+        return read_questions(source.path, argument, spec)
+    if spec.is_language_modeling:
+        return _read_documents(source, spec)
+    rows = read_rows(source.path, argument)
+    columns = _text_columns(rows, spec, source, labelled=False)
+    theirs = tuple(name for name in data.validation[data.main_split].column_names if name != "label")
+    if columns != theirs:
+        raise InputError(
+            f"{argument} {path}: its text columns are {', '.join(columns)}, those of the validation data are "
+            f"{', '.join(theirs)}; use the same columns in both"
+        )
+    content = {column: [_text(row, place, column, source) for place, row in rows] for column in columns}
+    features = _features(spec, columns)
+    return Dataset.from_dict({name: content.get(name, [0] * len(rows)) for name in features}, features=features)
+
+
 def sampled(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     """A seeded choice of ``count`` rows in their order, or ``dataset`` itself where it has no more."""
     if count is None or count >= len(dataset):
@@ -359,7 +392,7 @@ def _validation_paths(spec: TaskSpec, directory: Path) -> dict[str, Path]:
     return paths
 
 
-def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source) -> tuple[str, ...]:
+def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source, labelled: bool = True) -> tuple[str, ...]:
     """The first choice of text columns that the first row has; ``_dataset`` checks every row."""
     _, first = rows[0]
     where = f"{source.argument} {source.path}: no column"
@@ -370,7 +403,7 @@ def _text_columns(rows: list[Row], spec: TaskSpec, source: _Source) -> tuple[str
         missing = next(name for name in spec.text_columns[0] if name not in first)
         wanted = ", or ".join(" and ".join(choice) for choice in spec.text_columns)
         raise InputError(f"{where} {missing!r} (it has {_listed(list(first))}); task {spec.name} needs {wanted}")
-    if not spec.predicts_tokens and spec.label_column not in first:
+    if labelled and not spec.predicts_tokens and spec.label_column not in first:
         raise InputError(f"{where} {spec.label_column!r} (it has {_listed(list(first))}); add or rename it")
     return choice
 
@@ -451,11 +484,7 @@ def _dataset(
     content: dict[str, list[Any]] = {column: [] for column in _features(spec, columns)}
     for place, row in rows:
         for column in columns:
-            text = row.get(column)
-            if not isinstance(text, str):
-                fault = "is missing" if text is None else f"is a {type(text).__name__}, expected text"
-                raise bad_row(source.argument, source.path, place, f"column {column!r} {fault}")
-            content[column].append(text)
+            content[column].append(_text(row, place, column, source))
         if spec.predicts_tokens:
             continue
         if labels is None:
@@ -467,6 +496,15 @@ def _dataset(
             raise bad_row(source.argument, source.path, place, fault)
         content["label"].append(indices[name])
     return Dataset.from_dict(content, features=_features(spec, columns))
+
+
+def _text(row: Mapping[str, Any], place: str, column: str, source: _Source) -> str:
+    """A row's text in one column."""
+    text = row.get(column)
+    if not isinstance(text, str):
+        fault = "is missing" if text is None else f"is a {type(text).__name__}, expected text"
+        raise bad_row(source.argument, source.path, place, f"column {column!r} {fault}")
+    return text
 
 
 def _relabel(split: Dataset, mapping: Sequence[int]) -> Dataset:

@@ -1,5 +1,7 @@
-"""Factorisers: ``FACTORIZERS[name](rank=..., weighting=...)(model, scores) -> Factorized``; and choosers of ranks."""
+"""Factorisers: ``FACTORIZERS[name](rank=..., weighting=...)(model, scores, moments) -> Factorized``; choosers of ranks;
+what enters the matrices."""
 
+from .activations import InputMoments
 from .ranks import allocate_ranks, comparable, rank_for_error, rank_params, relative
 from .svd import WEIGHTINGS, Factorized, SVDFactorizer, mask_row_weights, score_row_weights, weighted_spectra
 
@@ -9,6 +11,7 @@ __all__ = [
     "FACTORIZERS",
     "WEIGHTINGS",
     "Factorized",
+    "InputMoments",
     "SVDFactorizer",
     "allocate_ranks",
     "comparable",

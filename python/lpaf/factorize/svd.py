@@ -1,4 +1,5 @@
-"""Replace encoder linears by low-rank factors: plain, mask-weighted or score-weighted SVD (LPAF section 4.2)."""
+"""Replace encoder linears by low-rank factors: plain, mask-weighted or score-weighted SVD (LPAF section 4.2), of the
+matrices or of their outputs on calibration data (:mod:`whitening`)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from lpaf_kernels import LowRankSparseLinear, weighted_singular_values, weighted
 from ..models.targets import encoder_linears
 from ..processes import is_main
 from .processes import Results, eigen_cost, on_all_processes
+from .whitening import input_factor, project
 
 WEIGHTINGS = ("none", "mask", "scores")
 #: Weights that are factorised in one call: the memory that it takes, and how often the progress bar moves.
@@ -22,8 +24,8 @@ CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class Factorized:
-    """What factorisation leaves behind: relative errors ``||D(W - AB)||_F / ||DW||_F`` and the matrices it replaced.
-    The error of a matrix that lost rows or columns is None."""
+    """What factorisation leaves behind: relative errors ``||D(W - AB)||_F / ||DW||_F``, of ``D(W - AB)L`` where inputs
+    were known, and the matrices it replaced. The error of a matrix that lost rows or columns is None."""
 
     errors: dict[str, float | None]
     weights: dict[str, torch.Tensor]
@@ -78,35 +80,53 @@ def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return a * scale, b / scale[:, None]
 
 
-def relative_error(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
-    """||D (W - A B)||_F / ||D W||_F as a float64 scalar; 0 for a zero matrix."""
-    left = torch.addmm(weight, a, b, alpha=-1).norm(dim=1).double()
-    whole = weight.norm(dim=1).double()
+def relative_error(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    d: torch.Tensor | None,
+    factor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """||D (W - A B) L||_F / ||D W L||_F as a float64 scalar; 0 for a zero matrix. Without ``factor`` L is 1."""
+    left, whole = torch.addmm(weight, a, b, alpha=-1), weight
+    if factor is not None:
+        left, whole = left.double() @ factor, whole.double() @ factor
+    left, whole = left.norm(dim=1).double(), whole.norm(dim=1).double()
     if d is not None:
         left, whole = d * left, d * whole
     return left.norm() / whole.norm().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class Matrices:
-    """The encoder matrices of a model with their row weights, walked through in chunks on every process.
+    """The encoder matrices of a model with their row weights and inputs, walked through in chunks on every process.
 
     Args:
         model: its encoder linears are dense, pruned or not, and the same in every process.
         scores: matrix name -> scores [n, m] of a first-order pruner; for "scores" only.
         weighting, root: see :class:`SVDFactorizer`.
+        moments: matrix name -> second moment [m, m] of its inputs; None, or none for a matrix: all inputs count alike.
     """
 
     def __init__(
-        self, model: nn.Module, scores: Mapping[str, torch.Tensor] | None, weighting: str, root: bool = True
+        self,
+        model: nn.Module,
+        scores: Mapping[str, torch.Tensor] | None,
+        weighting: str,
+        root: bool = True,
+        moments: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         check_weighting(weighting)
         self.linears = encoder_linears(model)
         self.weights = {name: linear.weight.detach() for name, linear in self.linears.items()}
         self.scores, self.weighting, self.root = scores or {}, weighting, root
+        self.moments = moments or {}
 
     @torch.no_grad()
-    def map(self, solve: Callable[[list[str], list, list], Results], description: str) -> Results:
-        """``solve(names, weights, rows)`` of all matrices, a chunk at a time, in the order of the model."""
+    def map(self, solve: Callable[[list[str], list, list, list], Results], description: str) -> Results:
+        """``solve(names, weights, rows, factors)`` of all matrices, a chunk at a time, in the order of the model.
+
+        ``rows`` are the row weights d and ``factors`` the L of the inputs, None where there are none.
+        """
         costs = {name: eigen_cost(tuple(weight.shape)) for name, weight in self.weights.items()}
         device = next(iter(self.weights.values())).device
 
@@ -120,12 +140,16 @@ class Matrices:
                         row_weights(self.weighting, weight, self.scores.get(name), self.root)
                         for name, weight in zip(chunk, weights, strict=True)
                     ]
-                    found |= solve(chunk, weights, rows)
+                    found |= solve(chunk, weights, rows, [self.factor(name) for name in chunk])
                     bar.update(len(chunk))
             return found
 
         found = on_all_processes(costs, compute, device)
         return {name: found[name] for name in self.weights}
+
+    def factor(self, name: str) -> torch.Tensor | None:
+        """L of the matrix's inputs, float64 [m, m]."""
+        return input_factor(self.moments[name])[0] if name in self.moments else None
 
     def chunks(self, names: Sequence[str]) -> Iterator[list[str]]:
         """``names`` in lists of about ``CHUNK`` weights; on a CPU of one matrix per thread at least."""
@@ -140,16 +164,30 @@ class Matrices:
             yield chunk
 
 
-def weighted_spectra(
-    model: nn.Module, scores: Mapping[str, torch.Tensor] | None = None, weighting: str = "none", root: bool = True
-) -> dict[str, torch.Tensor]:
-    """Matrix name -> singular values of D W, falling, float64 [min(n, m)]; arguments as for :class:`SVDFactorizer`."""
+def through_inputs(weights: Sequence[torch.Tensor], factors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """W L of every matrix, at least float32; W itself where there is no L."""
+    return [
+        weight if factor is None else (weight.double() @ factor).to(torch.promote_types(weight.dtype, torch.float32))
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
 
-    def solve(names: list[str], weights: list, rows: list) -> Results:
-        values = weighted_singular_values(weights, row_weights=rows)
+
+def weighted_spectra(
+    model: nn.Module,
+    scores: Mapping[str, torch.Tensor] | None = None,
+    weighting: str = "none",
+    root: bool = True,
+    moments: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Matrix name -> singular values of D W, or D W L, falling, float64 [min(n, m)]; arguments as for
+    :class:`SVDFactorizer`."""
+
+    def solve(names: list[str], weights: list, rows: list, factors: list) -> Results:
+        values = weighted_singular_values(through_inputs(weights, factors), row_weights=rows)
         return {name: (value,) for name, value in zip(names, values, strict=True)}
 
-    return {name: value for name, (value,) in Matrices(model, scores, weighting, root).map(solve, "spectra").items()}
+    matrices = Matrices(model, scores, weighting, root, moments)
+    return {name: value for name, (value,) in matrices.map(solve, "spectra").items()}
 
 
 class SVDFactorizer:
@@ -166,21 +204,33 @@ class SVDFactorizer:
         self.rank, self.weighting, self.root = rank, weighting, root
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, scores: Mapping[str, torch.Tensor] | None = None) -> Factorized:
+    def __call__(
+        self,
+        model: nn.Module,
+        scores: Mapping[str, torch.Tensor] | None = None,
+        moments: Mapping[str, torch.Tensor] | None = None,
+    ) -> Factorized:
         """Swap every encoder linear of ``model`` for a LowRankSparseLinear, in place.
 
         With ``torch.distributed`` initialised the matrices are shared out among the processes, which all end with the
-        same factors; ``model`` and ``scores`` must be the same in all of them.
+        same factors; ``model``, ``scores`` and ``moments`` must be the same in all of them.
+
+        Args:
+            scores: matrix name -> scores [n, m]; for "scores".
+            moments: matrix name -> second moment [m, m] of its inputs (``InputMoments.by_linear``): the outputs on
+                these are approximated instead of the matrix. A matrix that has none is approximated itself.
         """
-        matrices = Matrices(model, scores, self.weighting, self.root)
+        matrices = Matrices(model, scores, self.weighting, self.root, moments)
         ranks = self.ranks(list(matrices.weights))
 
-        def solve(names: list[str], weights: list, rows: list) -> Results:
-            factors = zip(*weighted_svd(weights, [ranks[name] for name in names], row_weights=rows), strict=True)
-            return {
-                name: (*balance(a, b), relative_error(weight, a, b, d))
-                for name, (a, b), weight, d in zip(names, factors, weights, rows, strict=True)
-            }
+        def solve(names: list[str], weights: list, rows: list, factors: list) -> Results:
+            wanted = [ranks[name] for name in names]
+            pairs = zip(*weighted_svd(through_inputs(weights, factors), wanted, row_weights=rows), strict=True)
+            found: Results = {}
+            for name, (a, b), weight, d, factor in zip(names, pairs, weights, rows, factors, strict=True):
+                a, b = balance(a, b) if factor is None else balance(*project(weight, a, d))
+                found[name] = (a, b, relative_error(weight, a, b, d, factor))
+            return found
 
         found = matrices.map(solve, "factorize")
         for name, (a, b, _) in found.items():

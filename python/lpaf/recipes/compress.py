@@ -43,6 +43,7 @@ from ..retrain import RETRAINERS
 from ..retrain.layer_distillation import LayerDistillation
 from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
+from .calibrate import calibration_fingerprint, choose, input_moments
 from .fingerprints import weights_fingerprint
 from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
@@ -63,10 +64,14 @@ class Compression:
     def __init__(self, prepared: Prepared, command: str) -> None:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
-        self.train = self.tokenize(data.train)
-        if data.spec.is_language_modeling:  # whose examples are the blocks
+        self.train = None if data.train is None else self.tokenize(data.train)
+        if self.train is not None and data.spec.is_language_modeling:  # whose examples are the blocks
             self.train = sampled(self.train, options.max_train_samples, options.seed)
         self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
+        self.calibration = None
+        if options.calibration is not None:
+            given = prepared.calibration
+            self.calibration = choose(self.train if given is None else self.tokenize(given), options)
         #: what decides the weights beside the options
         self.sources = {
             "data": data.fingerprint,
@@ -76,6 +81,7 @@ class Compression:
         processes = process_place()[1]
         settings = options.to_dict(without=RUN_OPTIONS) | self.sources
         settings |= {"processes": processes, "force": options.forced}
+        settings |= {"calibration_data": calibration_fingerprint(options)}
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -227,9 +233,12 @@ class Compression:
         Where every token has a row of the vocabulary's size, nothing is kept and the dense model becomes ``teacher``,
         which runs beside the model in training. So does one that teaches layer by layer.
         """
-        if self.options.distill_layer:
+        trains_pruner = self.prepared.method.pruner is not None and PRUNERS[self.prepared.method.pruner].trains
+        retrains = self.options.retrain_epochs > 0
+        if self.options.distill_layer and (trains_pruner or retrains):
             self.terms = [LayerDistillation(dense, self.options.distill_layer, self.options.bf16)]
-        if self.distill == self.prune_distill == 0:
+        taught = {self.distill if retrains else 0.0, self.prune_distill if trains_pruner else 0.0}
+        if taught == {0.0}:
             return self.train
         if self.prepared.data.spec.predicts_tokens:
             self.teacher = dense
@@ -295,6 +304,16 @@ class Compression:
         objective = self.objective(distill=self.prune_distill, task=self.task if pruner.distill is None else None)
         self.run_stage(stage, model, train_set, objective, train, callbacks=[callback], terms=terms)
 
+    def calibrate(self, model: nn.Module) -> None:
+        """Find what enters the matrices of ``model`` on the calibration data: ``self.moments``, None without any."""
+        self.moments, self.calibrated = None, None
+        if self.calibration is not None:
+            prepared = self.prepared
+            with self.findings.timed("calibrate"):
+                problem = prepared.data.spec.problem
+                self.moments, found = input_moments(model, self.calibration, prepared.tokenizer, problem)
+            self.calibrated = {"source": self.options.calibration, **found}
+
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
         prepared, shapes = self.prepared, matrix_shapes(model)
@@ -303,7 +322,7 @@ class Compression:
         if prepared.rank is not None:
             return dict.fromkeys(shapes, prepared.rank)
         with self.findings.timed("factorize"):
-            spectra = weighted_spectra(model, scores, prepared.method.weighting)
+            spectra = weighted_spectra(model, scores, prepared.method.weighting, moments=self.moments)
         largest = largest_ranks(shapes, self.options.force)
         if prepared.budget is not None:
             return allocate_ranks(comparable(spectra, shapes), shapes, prepared.budget, largest)
@@ -326,7 +345,8 @@ class Compression:
         """Replace the encoder linears of ``model`` by factors of ``ranks``, in place."""
         method = self.prepared.method
         with self.findings.timed("factorize"):
-            factorized = FACTORIZERS[method.factorizer](rank=ranks, weighting=method.weighting)(model, scores)
+            factorizer = FACTORIZERS[method.factorizer](rank=ranks, weighting=method.weighting)
+            factorized = factorizer(model, scores, self.moments)
         leave_out_casts(model)
         self.evaluate(stage, model)
         return factorized
@@ -389,10 +409,11 @@ class Compression:
         if self.prepared.method.pruner and self.options.prune_from == "pretrained":
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
+        self.calibrate(sparse)
         if self.prepared.method.compact:
-            model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set)
+            model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set, before="pruned")
         elif self.prepared.layers is not None:
-            model, factorized = self.retrained(*self.truncate(sparse), train_set)
+            model, factorized = self.retrained(*self.truncate(sparse), train_set, before="factorized")
         else:
             ranks = self.ranks(sparse, scores)
             if self.mixed_rank_p is None:
@@ -406,7 +427,16 @@ class Compression:
 
         def finish() -> dict[str, Any]:
             report, analysis = run_record(
-                self.prepared, self.findings, self.command, self.mixed_rank_p, dense, model, factorized, scores, others
+                self.prepared,
+                self.findings,
+                self.command,
+                self.mixed_rank_p,
+                dense,
+                model,
+                factorized,
+                scores,
+                others,
+                self.calibrated,
             )
             self.publish(model, report, analysis)
             return report
@@ -424,14 +454,18 @@ class Compression:
         """Factorise a copy of ``sparse`` and retrain it; ``suffix`` tells its records apart."""
         model = copy.deepcopy(sparse)
         factorized = self.factorize(model, scores, ranks, stage=f"factorized{suffix}")
-        return self.retrained(model, factorized, train_set, suffix)
+        return self.retrained(model, factorized, train_set, f"factorized{suffix}", suffix)
 
     def retrained(
-        self, model: nn.Module, factorized: Factorized, train_set: Dataset, suffix: str = ""
+        self, model: nn.Module, factorized: Factorized, train_set: Dataset, before: str, suffix: str = ""
     ) -> tuple[nn.Module, Factorized]:
-        """``model`` as it is after retraining, in eval mode, and ``factorized``."""
-        self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
-        self.evaluate(f"compressed{suffix}", model)
+        """``model`` in eval mode, retrained if epochs are asked for, and ``factorized``; ``before`` is the stage that
+        it comes from."""
+        if self.options.retrain_epochs:
+            self.retrain(model, factorized, train_set, stage=f"retrain{suffix}")
+            self.evaluate(f"compressed{suffix}", model)
+        else:
+            self.findings.repeat(before, f"compressed{suffix}")
         return model.eval(), factorized
 
     def publish(self, model: nn.Module, report: dict[str, Any], analysis: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..prune import PRUNERS
+from .calibrate import check_calibration, check_retraining
 from .options import LAYER_WISE, CompressOptions
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
@@ -65,13 +66,16 @@ class Method:
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
-        return replace(
+        method = replace(
             self,
             pruner=pruner,
             weighting=weighting,
             retrainer=self.retrainer if options.mixed_rank else "plain",
             consistency=self.consistency and options.consistency,
         )
+        check_calibration(method, options)
+        check_retraining(method, options)
+        return method
 
     def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The options about pruning and the teacher that mean nothing to a run of this method with ``settings``."""

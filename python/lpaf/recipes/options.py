@@ -20,6 +20,9 @@ LAYER = "layer"
 #: options of --distill layer -> LoSparse's choice for most tasks (Tables 12 and 13: alpha_output, alpha_layer)
 LAYER_WISE = {"distill_output": 0.0, "distill_layer": 15.0}
 
+#: the value of --calibration that means the training set
+CALIBRATE_ON_TRAINING = "train"
+
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
     """A dataclass field with what the command line needs to show it."""
@@ -86,6 +89,17 @@ class CompressOptions:
         metavar="N",
     )
 
+    calibration: str | None = option(
+        None,
+        "file of examples on which the factors are to give the matrices' outputs (no labels needed), or train: the "
+        "training set",
+        "data",
+        metavar="FILE|train",
+    )
+    calibration_samples: int | None = option(
+        None, "use at most N examples of --calibration (seeded choice; default: 256)", "data", metavar="N"
+    )
+
     doc_stride: int | None = option(
         None,
         "tokens that neighbouring windows of a context share (default: 128, or a third of --max-length if less)",
@@ -127,7 +141,7 @@ class CompressOptions:
         metavar="F",
     )
     prune_epochs: float = option(2.0, "epochs of pruning", "training", metavar="F")
-    retrain_epochs: float = option(3.0, "epochs of retraining after factorisation", "training", metavar="F")
+    retrain_epochs: float = option(3.0, "epochs of retraining after factorisation; 0: none", "training", metavar="F")
     batch_size: int = option(32, "examples per update", "training", metavar="N")
     finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")
     prune_lr: float = option(5e-5, "learning rate of the weights while pruning", "training", metavar="X")
@@ -253,13 +267,13 @@ class CompressOptions:
                     raise InputError(f"{flag(field.name)} {value}: must be a finite number")
                 object.__setattr__(self, field.name, float(value))  # 2 and 2.0 are the same run
         positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
-        positive += ("prune_interval", "rounds")
-        for name in (*positive, "retrain_epochs", "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
+        positive += ("prune_interval", "rounds", "calibration_samples")
+        for name in (*positive, "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{flag(name)} {value:g}: must be above 0")
-        not_negative = ("finetune_epochs", "checkpoint_steps", "seed", "score_init", "penalty", "contrastive")
-        for name in (*not_negative, *LAYER_WISE):
+        not_negative = ("finetune_epochs", "retrain_epochs", "checkpoint_steps", "seed", "score_init", "penalty")
+        for name in (*not_negative, "contrastive", *LAYER_WISE):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)} {value:g}: must be 0 or more")
@@ -316,6 +330,16 @@ class CompressOptions:
         return self.distill == LAYER
 
     @property
+    def calibration_file(self) -> str | None:
+        """The file of ``calibration``, where that is not the training set."""
+        return None if self.calibration == CALIBRATE_ON_TRAINING else self.calibration
+
+    @property
+    def trains(self) -> bool:
+        """Whether fine-tuning or retraining may train; a pruner may in any case."""
+        return self.finetune_epochs != 0 or self.retrain_epochs != 0
+
+    @property
     def forced(self) -> bool | None:
         """``force`` where it decides how large ranks become; None where it only lets a size pass."""
         return self.force if self.rank == AUTO or self.rank_error is not None else None
@@ -338,13 +362,15 @@ RUN_OPTIONS = (
     "force",
 )
 #: options that name what a run reads: its content counts, not where it lies
-PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file")
+PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file", "calibration")
 #: options that no stage before retraining depends on
 RETRAIN_OPTIONS = (
     "method",
     "rank",
     "ratio",
     "rank_error",
+    "calibration",
+    "calibration_samples",
     "retrain_epochs",
     "retrain_lr",
     "weighting",

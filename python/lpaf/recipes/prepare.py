@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 
@@ -23,8 +24,9 @@ from ..models.positions import most_tokens, resolve_length
 from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
+from .calibrate import load_calibration
 from .methods import Method, get_method
-from .options import CompressOptions, answer_fields, text_fields
+from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields, text_fields
 from .pruning import budget_of
 from .workspace import check_output, is_published
 
@@ -39,6 +41,7 @@ class Prepared:
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
     they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
     ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
+    ``calibration``: the examples of the file that ``--calibration`` names.
     """
 
     options: CompressOptions
@@ -56,6 +59,7 @@ class Prepared:
     neurons: NeuronBudget | None
     finetune_epochs: float
     device: str
+    calibration: Dataset | None = None
 
 
 def default_mixed_rank_p(ratio: float) -> float:
@@ -133,7 +137,9 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         test_file=options.test_file,
         max_train_samples=options.max_train_samples,
         seed=options.seed,
+        evaluation_only=not reads_training_data(options, method),
     )
+    calibration = load_calibration(data, options)
     tokenizer = load_tokenizer(options.model)
     set_seed(options.seed)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -181,6 +187,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         neurons=neurons,
         finetune_epochs=epochs,
         device=device,
+        calibration=calibration,
     )
 
 
@@ -193,6 +200,12 @@ def check_structures(model: nn.Module, method: Method, options: CompressOptions)
             f"--ratio {options.ratio:g}: one feed-forward neuron is {math.ceil(least * 1e4) / 1e4:g} of the encoder "
             "already; pass at least that"
         )
+
+
+def reads_training_data(options: CompressOptions, method: Method) -> bool:
+    """Whether anything is trained, or calibrated on the training set."""
+    pruned = method.pruner is not None and PRUNERS[method.pruner].trains
+    return options.trains or pruned or options.calibration == CALIBRATE_ON_TRAINING
 
 
 def needs_pretrained(method: Method, prune_from: str) -> bool:

@@ -55,6 +55,12 @@ class Findings:
         self.details.setdefault(stage, {})[split] = compute_metrics(self.spec, outputs, labels)
         self.examples[f"{stage}.{split}"] = torch.from_numpy(example_scores(self.spec, outputs, labels))
 
+    def repeat(self, stage: str, other: str) -> None:
+        """Record for ``other`` what ``stage`` scored: the same model."""
+        self.details[other] = self.details[stage]
+        for split in self.details[stage]:
+            self.examples[f"{other}.{split}"] = self.examples[f"{stage}.{split}"].clone()
+
     def metric(self, stage: str, name: str | None = None) -> float | None:
         """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
         findings."""
@@ -85,6 +91,7 @@ def run_record(
     factorized: Factorized,
     scores: Mapping[str, torch.Tensor] | None,
     controls: Mapping[str, nn.Module],
+    calibrated: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures.
 
@@ -95,9 +102,11 @@ def run_record(
         factorized: what factorisation left behind.
         scores: what the pruner returned.
         controls: further models made for comparison.
+        calibrated: what ``input_moments`` recorded.
     """
     options, spec = prepared.options, prepared.data.spec
     pruner = prepared.method.pruner
+    mixed_rank = prepared.method.retrainer == "mixed-rank" and options.retrain_epochs > 0
     before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
     models = {"dense": dense, "compressed": model, **controls}
     with findings.timed("measure"):
@@ -149,6 +158,7 @@ def run_record(
             for name, control in controls.items()
         },
         "rank": ranks,
+        "calibration": calibrated,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),
@@ -159,7 +169,7 @@ def run_record(
             "low_rank_share": prepared.neurons.low_rank_share if prepared.neurons else None,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
-            "mixed_rank_p": mixed_rank_p if prepared.method.retrainer == "mixed-rank" else None,
+            "mixed_rank_p": mixed_rank_p if mixed_rank else None,
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
@@ -168,7 +178,7 @@ def run_record(
             "device": prepared.device,
         },
         "data": {
-            "train": len(prepared.data.train),
+            "train": len(prepared.data.train or ()),
             "validation": {name: len(split) for name, split in prepared.data.validation.items()},
             "fingerprint": prepared.data.fingerprint,
         },

@@ -26,6 +26,13 @@ METHODS = {
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
     "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
+#: the same where nothing is trained after the matrices are replaced
+WITHOUT_RETRAINING = {
+    "lpaf": "LPAF without retraining: first-order pruning, low-rank factorization of the sparse matrices",
+    "svd": "truncated singular value decomposition of the matrices, without training",
+    "truncate": "the first layers of the model as they are",
+    "kd": "the first layers of the model as they are",
+}
 TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
@@ -89,17 +96,31 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join([lines[0], ruler, *lines[1:]])
 
 
+def calibration_lines(report: Mapping[str, Any]) -> list[str]:
+    """What the factors were fitted on, where that was calibration data."""
+    found = report.get("calibration")
+    if not found:
+        return []
+    where = "the training set" if found["source"] == "train" else _code(found["source"])
+    return [
+        f"- Calibration: the factors give the matrices' outputs on {found['examples']} examples of {where} "
+        f"({found['tokens']} tokens) with the least error"
+    ]
+
+
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card of one compression run as Markdown with YAML front matter."""
     matter = yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True, width=1000)
     method, latency, data = str(report["method"]), report["latency_ms"], report["data"]
     head = ("", "dense", "pruned", "factorized", "compressed", "compressed / dense")
     validation = ", ".join(f"{split} {count}" for split, count in data["validation"].items())
+    methods = METHODS if report.get("config", {}).get("retrain_epochs") != 0 else METHODS | WITHOUT_RETRAINING
     provenance = [
         f"- Original model: {_code(report['model'])}",
         f"- Task: {_code(report['task'])}; {data['train']} training examples; validation examples: "
         f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
-        f"- Method: {_cell(METHODS.get(method, method))}",
+        f"- Method: {_cell(methods.get(method, method))}",
+        *calibration_lines(report),
         f"- Seed: {_one_line(report['seed'])}",
         "- Versions: " + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
     ]

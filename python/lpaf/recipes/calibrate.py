@@ -1,0 +1,145 @@
+"""Calibration data: which examples show the factorisation what enters the matrices, and what they showed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..data import TaskData, load_texts, sampled
+from ..data.texts import IGNORED
+from ..errors import InputError
+from ..evaluate.predict import default_batch, run_over
+from ..factorize import InputMoments
+from ..models.count import matrix_shapes
+from ..models.outputs import forward_inputs
+from ..processes import say
+from ..prune import PRUNERS
+from ..report.summary import format_bytes
+from ..retrain.batches import Collator
+from .fingerprints import content_fingerprint
+from .options import CompressOptions, flag
+
+if TYPE_CHECKING:
+    from .methods import Method
+
+#: examples, windows or blocks that are used of a calibration file
+SAMPLES = 256
+
+
+def check_calibration(method: Method, options: CompressOptions) -> None:
+    """InputError for calibration options that the method would ignore."""
+    if options.calibration is None:
+        if options.calibration_samples is not None:
+            raise InputError(
+                f"--calibration-samples {options.calibration_samples}: there is nothing to choose them from; pass "
+                "--calibration FILE as well"
+            )
+    elif method.factorizer is None:
+        raise InputError(
+            f"--calibration {options.calibration}: --method {method.name} factorises nothing; leave it out, or pass "
+            "--method svd or lpaf"
+        )
+
+
+def check_retraining(method: Method, options: CompressOptions) -> None:
+    """InputError for options that a run without retraining would ignore."""
+    if options.retrain_epochs != 0:
+        return
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    idle = ["retrain_lr", "mixed_rank", "mixed_rank_p", "consistency"]
+    if method.pruner is None or not PRUNERS[method.pruner].trains:
+        idle.append("prune_epochs")  # which would go to retraining
+    for name in idle:
+        if getattr(options, name) != fields[name]:
+            switch = flag(name) if fields[name] is not True else flag(f"no_{name}")
+            raise InputError(f"{switch}: is for retraining, which --retrain-epochs 0 leaves out; leave out one of them")
+
+
+def calibration_fingerprint(options: CompressOptions) -> str | None:
+    """Content of the calibration file, which decides the factors."""
+    path = options.calibration_file
+    return None if path is None else content_fingerprint([Path(path)])
+
+
+def load_calibration(data: TaskData, options: CompressOptions) -> Dataset | None:
+    """The examples of the file that ``--calibration`` names, before tokenisation; None without one.
+
+    Raises:
+        InputError: no such file, one of another kind, empty or with other columns than the task's data.
+    """
+    path = options.calibration_file
+    return None if path is None else load_texts(data, path, "--calibration")
+
+
+def choose(encoded: Dataset, options: CompressOptions) -> Dataset:
+    """A seeded choice of ``--calibration-samples`` tokenised examples, in their order; all if there are fewer.
+
+    Raises:
+        InputError: there is no token in them.
+    """
+    if not len(encoded) or not any(encoded["length"]):
+        raise InputError(f"--calibration {options.calibration}: holds no token; pass a file with text")
+    return sampled(encoded, options.calibration_samples or SAMPLES, options.seed)
+
+
+def input_moments(
+    model: nn.Module, encoded: Dataset, tokenizer: Any, problem: str, batch_size: int | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The second moment of what enters every encoder linear of ``model`` on ``encoded``, and a record of it.
+
+    Many processes share the batches of one and add up.
+
+    Args:
+        batch_size: examples per batch. Default: those of evaluation.
+
+    Raises:
+        InputError: the model's activations are not finite.
+    """
+    device = next(model.parameters()).device
+
+    def inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        taken = forward_inputs(model, batch)
+        if "decoder_input_ids" in taken and "labels" in batch:  # says which rows of the decoder are padding
+            taken["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
+        return taken
+
+    def read(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        model(**inputs(batch))
+        return torch.empty(0)
+
+    was_training = model.training
+    model.eval()
+    example = {name: value.to(device) for name, value in Collator(tokenizer, problem)([encoded[0]]).items()}
+    with InputMoments(model, inputs(example)) as moments:
+        run_over(model, encoded, tokenizer, read, batch_size or default_batch(problem), "calibrate", problem)
+    model.train(was_training)
+    moments.sum_over_processes()
+    for name, moment in moments.sums.items():
+        if not moment.isfinite().all():
+            raise InputError(f"--calibration: what enters {name} is not finite (NaN or infinity); check --model")
+    found, shapes = moments.by_linear(), matrix_shapes(model)
+    rows = {name: moments.rows[owner] for name, owner in moments.owners.items()}
+    record = {
+        "examples": len(encoded),
+        "tokens": max(rows.values()),
+        "moments": len(moments.sums),
+        "bytes": moments.bytes,
+        # matrices with fewer tokens than inputs: their ranks beyond the tokens follow the matrix alone
+        "short_of_tokens": sum(rows.get(name, 0) < shape[1] for name, shape in shapes.items()),
+    }
+    say(
+        f"calibrated: {record['examples']} examples, {record['tokens']} tokens; {record['moments']} moments of the "
+        f"inputs take {format_bytes(record['bytes'])}"
+    )
+    if record["short_of_tokens"]:
+        say(
+            f"calibrated: {record['short_of_tokens']} of {len(shapes)} matrices have more inputs than there are "
+            "tokens; pass more --calibration-samples, or a longer file"
+        )
+    return found, record
