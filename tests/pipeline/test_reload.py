@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Trainer,
 import lpaf
 from lpaf.errors import InputError
 from lpaf.models.checkpoint import load_dense, load_tokenizer, save_compressed
+from lpaf.models.quantizer import ALIGNMENT
 from lpaf.models.targets import encoder_linears
 from lpaf.prune import ImportancePruner
 from lpaf_kernels import LowRankSparseLinear, swap_linears
@@ -79,6 +80,13 @@ def test_logits_are_bitwise_equal_in_a_new_process(tmp_path):
     assert found.keys() == expected.keys()
     differing = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not differing
+
+
+def test_tensors_lie_where_torch_would_have_put_them(tmp_path):
+    """Products of matrices round by the alignment of their operands, and a file aligns its tensors to 8 bytes."""
+    _, directory = make_compressed(tmp_path, keep=0.2)
+    loaded = AutoModelForSequenceClassification.from_pretrained(directory)
+    assert {tensor.data_ptr() % ALIGNMENT for tensor in (*loaded.parameters(), *loaded.buffers())} == {0}
 
 
 def test_body_loads_without_its_head(tmp_path):
