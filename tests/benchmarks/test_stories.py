@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import struct
@@ -95,7 +96,8 @@ def plainly(text: str, tokens: dict[str, int], scores: dict[str, float]) -> list
         pieces += [letter] if letter in tokens else [f"<0x{byte:02X}>" for byte in letter.encode()]
     while True:
         best = max(
-            ((scores[a + b], -at) for at, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in tokens), default=None
+            ((scores[a + b], -at) for at, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in tokens),
+            default=None,
         )
         if best is None:
             return [tokens[piece] for piece in pieces]
