@@ -95,10 +95,8 @@ def plainly(text: str, tokens: dict[str, int], scores: dict[str, float]) -> list
     for letter in f" {text}":
         pieces += [letter] if letter in tokens else [f"<0x{byte:02X}>" for byte in letter.encode()]
     while True:
-        best = max(
-            ((scores[a + b], -at) for at, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in tokens),
-            default=None,
-        )
+        pairs = enumerate(itertools.pairwise(pieces))
+        best = max(((scores[a + b], -at) for at, (a, b) in pairs if a + b in tokens), default=None)
         if best is None:
             return [tokens[piece] for piece in pieces]
         at = -best[1]

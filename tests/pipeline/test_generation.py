@@ -534,8 +534,9 @@ def test_killed_run_resumes_to_the_same_weights(models, data, tmp_path, name, de
     outputs = [tmp_path / kind / "out" for kind in ("whole", "killed")]
     for output in outputs:
         output.parent.mkdir()
-    run(words_of(models[name], data, outputs[0], TASKS[name]), outputs[0])
-    kill_and_resume(words_of(models[name], data, outputs[1], TASKS[name]), outputs[1], death)
+    epochs = {"finetune-epochs": 3, "retrain-epochs": 2}
+    run(words_of(models[name], data, outputs[0], TASKS[name], **epochs), outputs[0])
+    kill_and_resume(words_of(models[name], data, outputs[1], TASKS[name], **epochs), outputs[1], death)
     assert_same_run(outputs[1], outputs[0])
 
 
