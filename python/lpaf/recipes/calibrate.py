@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,35 +25,32 @@ from ..retrain.batches import Collator
 from .fingerprints import content_fingerprint
 from .options import CompressOptions, flag
 
-if TYPE_CHECKING:
-    from .methods import Method
-
 #: examples, windows or blocks that are used of a calibration file
 SAMPLES = 256
 
 
-def check_calibration(method: Method, options: CompressOptions) -> None:
-    """InputError for calibration options that the method would ignore."""
+def check_calibration(options: CompressOptions, factorizes: bool) -> None:
+    """InputError for calibration options that the method would ignore; ``factorizes``: whether it does."""
     if options.calibration is None:
         if options.calibration_samples is not None:
             raise InputError(
                 f"--calibration-samples {options.calibration_samples}: there is nothing to choose them from; pass "
                 "--calibration FILE as well"
             )
-    elif method.factorizer is None:
+    elif not factorizes:
         raise InputError(
-            f"--calibration {options.calibration}: --method {method.name} factorises nothing; leave it out, or pass "
+            f"--calibration {options.calibration}: --method {options.method} factorises nothing; leave it out, or pass "
             "--method svd or lpaf"
         )
 
 
-def check_retraining(method: Method, options: CompressOptions) -> None:
-    """InputError for options that a run without retraining would ignore."""
+def check_retraining(options: CompressOptions, pruner: str | None) -> None:
+    """InputError for options that a run without retraining would ignore; ``pruner``: what it prunes by."""
     if options.retrain_epochs != 0:
         return
     fields = {field.name: field.default for field in dataclasses.fields(options)}
     idle = ["retrain_lr", "mixed_rank", "mixed_rank_p", "consistency"]
-    if method.pruner is None or not PRUNERS[method.pruner].trains:
+    if pruner is None or not PRUNERS[pruner].trains:
         idle.append("prune_epochs")  # which would go to retraining
     for name in idle:
         if getattr(options, name) != fields[name]:

@@ -66,16 +66,15 @@ class Method:
         weighting = self.weighting
         if weighting != "none":
             weighting = options.weighting if pruner else "none"
-        method = replace(
+        check_calibration(options, self.factorizer is not None)
+        check_retraining(options, pruner)
+        return replace(
             self,
             pruner=pruner,
             weighting=weighting,
             retrainer=self.retrainer if options.mixed_rank else "plain",
             consistency=self.consistency and options.consistency,
         )
-        check_calibration(method, options)
-        check_retraining(method, options)
-        return method
 
     def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The options about pruning and the teacher that mean nothing to a run of this method with ``settings``."""
