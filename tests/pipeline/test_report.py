@@ -502,8 +502,8 @@ def test_masks_round_trip_and_downsample():
 def test_places_of_matrices():
     assert figures.matrix_place("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
     assert figures.matrix_place("encoder.block.2.layer.0.SelfAttention.q") == (2, "layer.0.SelfAttention.q")
-    assert figures.matrix_place("decoder.block.2.layer.1.EncDecAttention.q") == (2, "decoder.layer.1.EncDecAttention.q")
-    assert figures.matrix_place("model.decoder.layers.0.fc1") == (0, "decoder.fc1")
+    assert figures.matrix_place("decoder.block.2.layer.1.EncDecAttention.q") == (2, "layer.1.EncDecAttention.q")
+    assert figures.matrix_place("model.decoder.layers.0.fc1") == (0, "fc1")
     assert figures.matrix_place("head") == (0, "head")
     names = {"l.10.b": {}, "l.2.c": {}, "l.2.a": {}}
     assert list(figures.in_order(names)) == ["l.2.a", "l.2.c", "l.10.b"]
@@ -738,6 +738,7 @@ def test_inspect_plain_directory(tmp_path, changes):
         "rank_distribution.png",
         "rank_by_layer.png",
         "spectra.png",
+        "singular_values.png",
         "sparsity_patterns.png",
         "inspect.html",
     ]
@@ -759,9 +760,9 @@ def test_inspect_compressed_directory(run, tmp_path):
     assert effective["pruned"] < effective["dense"]
     assert "mean rank: dense 48.0, pruned" in found.sentence()
     page = assert_self_contained(render_inspection(found))
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
     paths = write_pictures(found, tmp_path / "deep" / "er")
-    assert len(paths) == 7
+    assert len(paths) == 8
     assert (tmp_path / "deep" / "er" / "training.png").is_file()
     for key, tensor in analysis.items():
         assert torch.equal(found.analysis[key], tensor)

@@ -161,14 +161,13 @@ def _note(axes: Any, text: str) -> None:
 def matrix_place(name: str) -> tuple[int, str]:
     """The layer number and kind of a matrix: 'bert.encoder.layer.3.output.dense' -> (3, 'output.dense').
 
-    The first number in the dotted name is the layer; a name without one belongs to layer 0. The kinds of a decoder
-    begin with "decoder.", as an encoder may stand beside it.
+    The first number in the dotted name is the layer; a name without one belongs to layer 0. Of an
+    encoder and a decoder both number their layers: see :func:`matrix_places`.
     """
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdecimal():
-            kind = ".".join(parts[position + 1 :]) or ".".join(parts[:position])
-            return int(part), f"decoder.{kind}" if "decoder" in parts[:position] else kind
+            return int(part), ".".join(parts[position + 1 :]) or ".".join(parts[:position])
     return 0, name
 
 
