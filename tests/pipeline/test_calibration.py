@@ -625,17 +625,16 @@ def test_calibration_lowers_the_perplexity_of_a_language_model(story_teller, tmp
     data = story_teller / "data"
     for ratio in (0.8, 0.6, 0.4):
         perplexity = {}
-        for calibration in (None, str(data / "train.txt")):
+        for given in ({}, {"calibration": str(data / "train.txt"), "calibration_samples": 40}):
             options = CompressOptions(
                 model=str(story_teller / "model"), task="language-modeling", output=str(tmp_path / "out"),
-                validation_file=str(data / "validation.txt"), calibration=calibration, calibration_samples=40,
-                method="svd", rank="auto", ratio=ratio, finetune_epochs=0, retrain_epochs=0, bench_batch=1,
-                bench_length=16, overwrite=True,
+                validation_file=str(data / "validation.txt"), method="svd", rank="auto", ratio=ratio,
+                finetune_epochs=0, retrain_epochs=0, bench_batch=1, bench_length=16, overwrite=True, **given,
             )  # fmt: skip
             _, report = compress(options)
             assert report["metric"]["dense"] < 6.0, "the model's own stories"
             assert report["encoder_params"]["ratio"] == pytest.approx(ratio, abs=1e-3)
-            perplexity[bool(calibration)] = report["metric"]["compressed"]
+            perplexity[bool(given)] = report["metric"]["compressed"]
         assert perplexity[True] < 0.5 * perplexity[False], ratio
 
 
