@@ -17,7 +17,7 @@ from . import processes
 from .errors import InputError
 
 DESCRIPTION = """\
-Compress a transformer by pruning and low-rank factorisation.
+Compress a transformer: low-rank factors, neurons, heads and blocks, with training or without.
 
   lpaf demo                         fine-tune, compress and compare on a built-in task (about 10 minutes on 2 CPU cores)
   lpaf compress --model DIR --task sst2 --ratio 0.25 --output small
