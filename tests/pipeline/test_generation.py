@@ -414,7 +414,7 @@ def test_summariser_without_a_first_token_is_refused(models, data, tmp_path):
 
 # the whole pipeline -------------------------------------------------------------------------------------------------
 
-RUNS = [("gpt2", "svd"), ("llama", "lpaf"), ("bart", "lpaf"), ("t5", "svd")]
+RUNS = [("gpt2", "svd"), ("llama", "lpaf"), ("bart", "lpaf"), ("t5", "losparse")]
 TASKS = {"bart": "summarization", "t5": "summarization", "gpt2": "language-modeling", "llama": "language-modeling"}
 
 
@@ -426,6 +426,8 @@ def finished(request, models, data, tmp_path_factory):
     more = {"save_dense": str(folder / "dense"), "prune_lr": 2e-3, "finetune_epochs": 3}
     if method == "svd":
         more.pop("prune_lr")
+    if method == "losparse":
+        more |= {"rank": None, "ratio": 0.4}
     options = options_of(models[name], data, folder / "out", TASKS[name], method=method, **more)
     model, report = lpaf.compress(options, command="lpaf compress ...")
     return model, report, options
@@ -576,11 +578,14 @@ def test_real_articles(tmp_path, name):
             writer.writeheader()
             writer.writerows(part)
     model = write_text_model(tmp_path / "m", name, **({"max_position_embeddings": 160} if name == "bart" else {}))
+    sizes = {"max_length": 128, "max_target_length": 32, "num_beams": 2, "rank": None, "ratio": 0.4}
     options = options_of(
-        model, tmp_path, tmp_path / "out", "cnn_dailymail", max_length=128, max_target_length=32, num_beams=2
+        model, tmp_path, tmp_path / "out", "cnn_dailymail", method="losparse", distill="layer", **sizes
     )
     _, report = lpaf.compress(options, command="")
     assert report["metric"]["name"] == "rouge2"
+    assert 0.39 < report["encoder_params"]["ratio"] <= 0.4
+    assert report["training"]["prune"][-1]["layer_distillation"] > 0
     assert evaluated(options)["metrics"] == report["metric"]["details"]["compressed"]
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert any(isinstance(module, LowRankSparseLinear) for module in again.modules())

@@ -123,7 +123,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     check_kind(config, spec.problem, options.model)
     texts = {name: getattr(options, name) for name in text_fields()}
     texts = text_options(spec, texts, config, most_tokens(config))
-    if config.is_encoder_decoder and method.factorizer is None:
+    if config.is_encoder_decoder and method.factorizer is None and not method.compact:
         raise InputError(
             f"--method {method.name}: leaves layers out of one stack, and --model {options.model} has two, encoder and "
             "decoder; pass --method lpaf or svd"
