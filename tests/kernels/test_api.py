@@ -14,6 +14,7 @@ import lpaf_kernels
 from lpaf_kernels import _library
 
 PUBLIC = [
+    "DecodedEmbedding",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
@@ -28,6 +29,7 @@ PUBLIC = [
     "accumulate_movement_",
     "build_info",
     "clear_paths",
+    "decoded_embedding",
     "draw_paths",
     "explain",
     "fold_kept",
@@ -112,7 +114,7 @@ def test_native_can_be_disabled():
 def test_fallbacks_pass_the_same_tests():
     files = [
         str(Path(__file__).with_name(f"test_{stem}.py"))
-        for stem in ("keep_threshold", "masked_linear", "pruning_updates")
+        for stem in ("decoded_embedding", "keep_threshold", "masked_linear", "pruning_updates")
     ]
     out = run_python(
         "import pytest\n"
