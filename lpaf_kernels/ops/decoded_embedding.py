@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import library, register_autocast, register_fallback
+from .._library import has_kernel, library, register_autocast, register_fallback
 from ..tuning import decoded_embedding as plans
 from ._checks import check_device, check_floating, check_integer, check_shape
 
@@ -19,6 +19,7 @@ Layer = tuple[Tensor, Tensor | None]
 MAX_HIDDEN = 2
 # torch's default slope below 0; csrc/cpu/elementwise_kernels.cpp and triton/decoded_embedding.py have it too.
 SLOPE = 0.01
+_HAS_NATIVE = has_kernel("decoded_embedding_forward", "CPU")
 
 
 def decoded_embedding(
@@ -206,7 +207,7 @@ def _gradients(
     *tensors, norms, padding_idx, needs = rest
     layers, flat, vocabulary = _layers(*tensors), ids.reshape(-1), latent.shape[0]
     found = [grad.new_empty(0) for _ in needs]
-    grad = grad.reshape(flat.shape[0], -1)
+    grad = grad.reshape(flat.shape[0], layers[-1][0].shape[1])
     if padding_idx >= 0:
         grad = grad.masked_fill((flat == padding_idx)[:, None], 0)
     rows = F.embedding(flat, latent)
@@ -220,15 +221,16 @@ def _gradients(
         if len(layers) > 1:
             decoded.tanh_()
     if norms is not None:
-        factor, length = _rescale(decoded, flat, norms)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        factor, length = _rescale(decoded.to(wide), flat, norms)
         direction = decoded / length
         along = (grad * direction).sum(1, keepdim=True)
         if needs[-1]:
-            found[-1] = _sum_by_id(along, flat, vocabulary, padding_idx)[:, 0]
+            found[-1] = _sum_by_id(along.to(grad.dtype), flat, vocabulary, padding_idx)[:, 0]
         # Only what is across the row turns it.
-        grad = (grad - direction * along) * factor
+        grad = ((grad - direction * along) * factor).to(grad.dtype)
     if len(layers) > 1:
-        grad = grad * (1 - decoded.square())
+        grad = torch.ops.aten.tanh_backward(grad, decoded)
     for index in reversed(range(len(layers))):
         # What is needed of this layer, and whether anything before it is.
         at = 1 + 2 * index
@@ -240,8 +242,7 @@ def _gradients(
             return tuple(found)
         grad = grad @ layers[index][0].t()
         if len(layers) > 1:
-            # The sign of what leaves the activation is that of what entered it.
-            grad = torch.where(inputs[index] > 0, grad, grad * SLOPE)
+            grad = torch.ops.aten.leaky_relu_backward(grad, inputs[index], SLOPE, True)
     found[0] = _sum_by_id(grad, flat, vocabulary, padding_idx)
     return tuple(found)
 

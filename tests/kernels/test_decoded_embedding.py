@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpaf_kernels import DecodedEmbedding, decoded_embedding
-from lpaf_kernels._library import NATIVE
+from lpaf_kernels.ops import decoded_embedding as op
 from lpaf_kernels.ops.decoded_embedding import decoded_embedding_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HIDDEN = [(), (9,), (9, 17)]
 SHAPES = [(5,), (), (2, 3), (0,), (2, 0, 4), (1, 1), (300,)]
-needs_native = pytest.mark.skipif(NATIVE["cpu"] != "loaded", reason="_ops_cpu.so was not built")
+needs_native = pytest.mark.skipif(not op._HAS_NATIVE, reason="_ops_cpu.so was not built")
 
 
 def make(
@@ -59,14 +59,18 @@ def results(function, ids, parameters, grad, padding_idx=None, dtype=None):
 @pytest.mark.parametrize(("bias", "norms"), [(True, True), (False, False), (True, False)])
 def test_forward_and_backward(dtype, hidden, shape, bias, norms, assert_accurate):
     index = torch.int32 if bias else torch.int64
-    ids, parameters = make(shape, hidden=hidden, dtype=dtype, bias=bias, norms=norms, index=index)
     padding_idx = 3 if norms else None
-    grad = torch.randn(*shape, 13).to(dtype)
-    actual = results(decoded_embedding, ids, parameters, grad, padding_idx)
-    chain = results(decoded_embedding_reference, ids, parameters, grad, padding_idx)
-    exact = results(decoded_embedding_reference, ids, parameters, grad, padding_idx, torch.float64)
-    for triple in zip(actual, chain, exact, strict=True):
-        assert_accurate(*triple)
+    # The largest error of a handful of entries is a matter of luck: several draws are measured together.
+    draws = []
+    for _ in range(4):
+        ids, parameters = make(shape, hidden=hidden, dtype=dtype, bias=bias, norms=norms, index=index)
+        grad = torch.randn(*shape, 13).to(dtype)
+        actual = results(decoded_embedding, ids, parameters, grad, padding_idx)
+        chain = results(decoded_embedding_reference, ids, parameters, grad, padding_idx)
+        exact = results(decoded_embedding_reference, ids, parameters, grad, padding_idx, torch.float64)
+        draws.append(list(zip(actual, chain, exact, strict=True)))
+    for same in zip(*draws, strict=True):
+        assert_accurate(*map(torch.stack, zip(*same, strict=True)))
 
 
 @needs_native
