@@ -204,7 +204,8 @@ _SHIPPED = (
     Launch("decode", 128, 128, 32, 8, 3, archs=(80,)),
     Launch("decode", 64, 64, 64, 4, 3, archs=_NEW),
     Launch("decode", 64, 64, 32, 4, 3, archs=(80,)),
-    Launch("decode", 16, 64, 64, 4, 3),
+    Launch("decode", 16, 64, 64, 4, 3, archs=(80, 100)),
+    Launch("decode", 16, 64, 64, 4, 2, archs=(90,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 
