@@ -19,8 +19,9 @@ from rich.console import Console
 
 from lpaf.errors import InputError
 from lpaf.evaluate.spectra import numerical_rank
+from lpaf.recipes import methods as recipes
 from lpaf.recipes.measure import neuron_record
-from lpaf.report import figures, summary, terminal
+from lpaf.report import card, figures, summary, terminal
 from lpaf.report.card import front_matter, hub_id, render_card
 from lpaf.report.html import render_html
 from lpaf.report.inspect import (
@@ -331,6 +332,11 @@ def test_wrong_kinds_are_named(run):
     next(iter(broken["rank"]["per_matrix"].values()))["shape"] = [3]
     with pytest.raises(ValueError, match=r"shape is \[3\], expected \[out, in\]"):
         validate_report(broken)
+
+
+def test_every_method_has_its_line_and_tags():
+    assert set(card.METHODS) == set(card.TAGS) == set(recipes.METHODS)
+    assert set(card.WITHOUT_RETRAINING) <= set(recipes.METHODS)
 
 
 def test_card_front_matter_is_yaml(run):

@@ -40,7 +40,7 @@ def check_calibration(options: CompressOptions, factorizes: bool) -> None:
     elif not factorizes:
         raise InputError(
             f"--calibration {options.calibration}: --method {options.method} factorises nothing; leave it out, or pass "
-            "--method svd or lpaf"
+            "--method svd, lpaf or low-rank-1"
         )
 
 
@@ -51,11 +51,12 @@ def check_retraining(options: CompressOptions, pruner: str | None) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(options)}
     idle = ["retrain_lr", "mixed_rank", "mixed_rank_p", "consistency"]
     if pruner is None or not PRUNERS[pruner].trains:
-        idle.append("prune_epochs")  # which would go to retraining
+        # what would go to retraining, and what says how it learns
+        idle += ["prune_epochs", "distill", "temperature", "freeze_embeddings"]
     for name in idle:
         if getattr(options, name) != fields[name]:
             switch = flag(name) if fields[name] is not True else flag(f"no_{name}")
-            raise InputError(f"{switch}: is for retraining, which --retrain-epochs 0 leaves out; leave out one of them")
+            raise InputError(f"{switch}: is for training, which --retrain-epochs 0 leaves out; leave out one of them")
 
 
 def calibration_fingerprint(options: CompressOptions) -> str | None:
