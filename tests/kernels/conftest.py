@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import native
@@ -64,20 +65,31 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[Callable]:
         yield lambda function, seed: pool.submit(function, seed).result()
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Callable]:
-    """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile.
-
-    torch's own chain, by which errors are judged, takes its portable code there: what a processor's vectors make of a
-    product of a row or two differs between processors, and is no measure of a kernel.
-    """
+@contextmanager
+def interpreting(**environment: str) -> Iterator[Callable]:
+    """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            patch.setenv("ATEN_CPU_CAPABILITY", "default")
+            for name, value in {"TRITON_INTERPRET": "1", **environment}.items():
+                patch.setenv(name, value)
             assert pool.submit(interpreted.is_interpreting).result()
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable]:
+    """See :func:`interpreting`."""
+    with interpreting() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def portable_interpreter() -> Iterator[Callable]:
+    """The same with torch's portable code in the chain by which errors are judged: what a processor's vectors make of a
+    product of a row or two differs between processors, and is no measure of a kernel."""
+    with interpreting(ATEN_CPU_CAPABILITY="default") as run:
+        yield run
 
 
 @pytest.fixture
