@@ -459,7 +459,7 @@ def test_number_formats(function, value, text):
 
 def test_metric_change_by_kind_of_metric():
     assert summary.metric_change("accuracy", 0.9, 0.81) == "90.0 % kept"
-    assert summary.metric_change("mse", 0.5, 0.6) == "+0.1000"
+    assert summary.metric_change("perplexity", 0.5, 0.6) == "+0.1000"
     assert summary.metric_change("matthews_correlation", -0.1, 0.2) == "+0.3000"
     assert summary.metric_change("accuracy", None, 0.2) == "-"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..prune import PRUNERS
 from .calibrate import check_calibration, check_retraining
-from .options import LAYER_WISE, CompressOptions, flag
+from .options import LAYER_WISE, CompressOptions, given_flags
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
 #: options of what follows pruning where matrices are factorised
@@ -54,10 +53,8 @@ class Method:
             for name, given in (("--no-prune", not options.prune), ("--pruner", options.pruner is not None)):
                 if given:
                     raise InputError(f"{name}: --method {self.name} makes the model smaller by its own pruning")
-            for field in dataclasses.fields(options):
-                if field.name in FACTORING and getattr(options, field.name) != field.default:
-                    name = flag(field.name) if field.default is not True else flag(f"no_{field.name}")
-                    raise InputError(f"{name}: is for matrices that are factorised, as by --method lpaf")
+            for name in given_flags(options, FACTORING):
+                raise InputError(f"{name}: is for matrices that are factorised, as by --method lpaf")
         pruner = self.pruner if options.prune else None
         if options.pruner is not None:
             if pruner is None:

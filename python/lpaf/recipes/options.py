@@ -427,3 +427,13 @@ def text_fields() -> dict[str, dataclasses.Field]:
 def flag(name: str) -> str:
     """The command line's name of an option field."""
     return "--" + name.replace("_", "-")
+
+
+def given_flags(options: CompressOptions, names: Collection[str]) -> list[str]:
+    """What the command line calls those of the fields ``names`` that differ from their defaults, switched-off steps by
+    the switch."""
+    return [
+        flag(f"no_{field.name}" if field.metadata.get("negate") else field.name)
+        for field in dataclasses.fields(options)
+        if field.name in names and getattr(options, field.name) != field.default
+    ]

@@ -149,12 +149,11 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
     rank = budget = ranks = layers = neurons = None
-    if method.compact and PRUNERS[method.pruner].structured:
-        check_structures(model, method, options)
-    if method.compact and PRUNERS[method.pruner].budgeted:
-        neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
-    elif method.compact:
-        pass
+    if method.compact:
+        if PRUNERS[method.pruner].structured:
+            check_structures(model, method, options)
+        if PRUNERS[method.pruner].budgeted:
+            neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
     elif method.factorizer is None:
         layers = layers_for_ratio(model, options.ratio)
     elif method.proportional:

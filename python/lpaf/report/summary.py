@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lpaf.data.tasks import LOWER_IS_BETTER
+
 MISSING = "-"
-LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "mean_squared_error", "mean_absolute_error"})
 STAGES = ("dense", "pruned", "factorized", "compressed")
 
 
