@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import native
@@ -53,6 +54,8 @@ def assert_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
 @pytest.fixture(scope="module", params=["default", "avx2", "avx512"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[Callable]:
     """Run a function of :mod:`native` in a process that may use instructions up to this set: it is chosen once."""
+    if request.param == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=native.start_process) as pool:
         with pytest.MonkeyPatch.context() as patch:
@@ -62,15 +65,31 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[Callable]:
         yield lambda function, seed: pool.submit(function, seed).result()
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Callable]:
+@contextmanager
+def interpreting(**environment: str) -> Iterator[Callable]:
     """Run a function of :mod:`interpreted` in a process whose triton interprets; this process's must compile."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=interpreted.start_process) as pool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
+            for name, value in {"TRITON_INTERPRET": "1", **environment}.items():
+                patch.setenv(name, value)
             assert pool.submit(interpreted.is_interpreting).result()
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable]:
+    """See :func:`interpreting`."""
+    with interpreting() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def portable_interpreter() -> Iterator[Callable]:
+    """The same with torch's portable code in the chain by which errors are judged: what a processor's vectors make of a
+    product of a row or two differs between processors, and is no measure of a kernel."""
+    with interpreting(ATEN_CPU_CAPABILITY="default") as run:
+        yield run
 
 
 @pytest.fixture

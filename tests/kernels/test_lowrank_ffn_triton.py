@@ -31,8 +31,8 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("seed", range(90))
-def test_backward_interpreted(seed: int, interpreter: Callable) -> None:
-    interpreter(interpreted.check_lowrank_ffn_backward, seed)
+def test_backward_interpreted(seed: int, portable_interpreter: Callable) -> None:
+    portable_interpreter(interpreted.check_lowrank_ffn_backward, seed)
 
 
 @needs_triton

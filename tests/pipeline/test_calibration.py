@@ -423,7 +423,6 @@ def test_calibrated_factors_give_the_dense_logits_better_without_any_training(mo
         assert report["metric"]["factorized"] == report["metric"]["compressed"]
         assert report["data"]["train"] == 0
         distances[name] = logits_error(mood, tmp_path / name)
-    print(distances)
     assert distances["calibrated"] < 0.7 * distances["plain"]
 
 

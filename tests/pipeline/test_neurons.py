@@ -283,6 +283,8 @@ def test_run_meets_the_ratio_and_reloads_bitwise(options, method, low_rank, spar
         ({"pruner": "movement"}, "--pruner: --method losparse makes the model smaller by its own pruning"),
         ({"hard_pruning": True}, "--hard-pruning: is for movement pruning"),
         ({"keep": 0.3}, "--keep: is for --pruner sensitivity, .*; --method losparse does not prune that way"),
+        ({"weighting": "mask"}, "--weighting: is for matrices that are factorised"),
+        ({"mixed_rank": False}, "--no-mixed-rank: is for matrices that are factorised"),
         ({"method": "itp", "low_rank_share": 0.1}, "--low-rank-share: is for --method losparse; --method itp fixes it"),
         ({"method": "svd", "low_rank_share": 0.1}, "--low-rank-share: is for --method losparse; --method svd does"),
         ({"method": "movement-structured", "uncertainty": 0.9}, "--uncertainty: is for --method losparse"),

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from lpaf.errors import InputError
 from lpaf.evaluate.spectra import numerical_rank
+from lpaf.recipes import methods as recipes
 from lpaf.recipes.measure import neuron_record
-from lpaf.report import figures, summary, terminal
+from lpaf.report import card, figures, summary, terminal
 from lpaf.report.card import front_matter, hub_id, render_card
 from lpaf.report.html import render_html
 from lpaf.report.inspect import (
@@ -333,6 +334,11 @@ def test_wrong_kinds_are_named(run):
         validate_report(broken)
 
 
+def test_every_method_has_its_line_and_tags():
+    assert set(card.METHODS) == set(card.TAGS) == set(recipes.METHODS)
+    assert set(card.WITHOUT_RETRAINING) <= set(recipes.METHODS)
+
+
 def test_card_front_matter_is_yaml(run):
     report, _ = run
     card = render_card(report)
@@ -453,7 +459,7 @@ def test_number_formats(function, value, text):
 
 def test_metric_change_by_kind_of_metric():
     assert summary.metric_change("accuracy", 0.9, 0.81) == "90.0 % kept"
-    assert summary.metric_change("mse", 0.5, 0.6) == "+0.1000"
+    assert summary.metric_change("perplexity", 0.5, 0.6) == "+0.1000"
     assert summary.metric_change("matthews_correlation", -0.1, 0.2) == "+0.3000"
     assert summary.metric_change("accuracy", None, 0.2) == "-"
 

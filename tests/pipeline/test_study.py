@@ -396,3 +396,15 @@ def test_models_are_dropped_when_they_are_not_wanted(done, tmp_path):
     result = study(str(written(tmp_path / "s.toml", text)), str(tmp_path / "out"), changes=done[2])
     assert len(result["runs"]) == 2
     assert not list((tmp_path / "out" / "runs").glob("*/model.safetensors"))
+
+
+def test_runs_that_calibrate_on_other_data_are_other_runs(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", sentences(4, seed=1))
+    other = write_rows(tmp_path / "b.jsonl", sentences(4, seed=2))
+    base = {"model": "m", "task": "text-classification", "method": "svd", "rank": 4, "data_dir": str(tmp_path / "d")}
+    names = [
+        recipe.Run("x", (), 0, {}, base | more).name
+        for more in ({}, {"calibration": "train"}, {"calibration": str(file)}, {"calibration": str(other)})
+    ]
+    names.append(recipe.Run("x", (), 0, {}, base | {"test_file": str(file)}).name)
+    assert len(set(names)) == len(names)

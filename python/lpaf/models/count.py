@@ -3,11 +3,9 @@
 Conventions (docs/counting.md says where the paper differs):
 
 * encoder parameters are the weights of the encoder linears (:mod:`lpaf.models.targets`); biases, LayerNorms,
-embeddings,
-  pooler and head are not counted. Rank 260/130/80 gives 50.8/25.4/15.6 % of BERT-base;
+  embeddings, pooler and head are not counted. Rank 260/130/80 gives 50.8/25.4/15.6 % of BERT-base;
 * FLOPs are multiply-accumulates of the encoder linears plus the two attention products (Q K^T and P V) for one
-sequence.
-  BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure;
+  sequence. BERT-base at length 384 gives 35.3 G, the paper's dense SQuAD figure;
 * "encoder" stands for all layers: a decoder's count in the same way, and an encoder-decoder reads and writes as many
   tokens. Causal attention counts whole, though half of its products are masked; query heads that share keys and values
   count each.

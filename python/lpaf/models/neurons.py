@@ -104,10 +104,11 @@ def neuron_budget(shapes: Mapping[str, Shape], ratio: float, low_rank_share: flo
     rows = int(ratio * dense * (1 + 1e-12)) - factors
     least = min(map(row_cost, shapes.values()))
     if rows < least:
+        smaller = " or a smaller share" if max(ranks.values()) > 1 else ""
         raise InputError(
             f"--ratio {ratio:g}: {ratio:g} of {dense} weights is {int(ratio * dense)}, and U V of ranks "
             f"{min(ranks.values())} to {max(ranks.values())} (--low-rank-share {low_rank_share:g}, rounded up) take "
-            f"{factors}, which leaves {rows} for S, where a row takes {least}; pass a larger ratio or a smaller share"
+            f"{factors}, which leaves {rows} for S, where a row takes {least}; pass a larger ratio{smaller}"
         )
     whole = sum(shape[0] * row_cost(shape) for shape in shapes.values())
     return NeuronBudget(low_rank_share, ranks, rows, min(rows / whole, 1.0))

@@ -29,9 +29,9 @@ from .targets import encoder_linears
 
 QUANT_METHOD = "lpaf"
 #: 2: parts of layers are gone
+FORMAT_VERSION = 2
 #: bytes to a multiple of which torch aligns its tensors on the CPU
 ALIGNMENT = 64
-FORMAT_VERSION = 2
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..prune import PRUNERS
 from ..report.summary import format_bytes
 from ..retrain.batches import Collator
 from .fingerprints import content_fingerprint
-from .options import CompressOptions, flag
+from .options import CompressOptions, given_flags
 
 #: examples, windows or blocks that are used of a calibration file
 SAMPLES = 256
@@ -40,7 +39,7 @@ def check_calibration(options: CompressOptions, factorizes: bool) -> None:
     elif not factorizes:
         raise InputError(
             f"--calibration {options.calibration}: --method {options.method} factorises nothing; leave it out, or pass "
-            "--method svd or lpaf"
+            "--method svd, lpaf or low-rank-1"
         )
 
 
@@ -48,14 +47,12 @@ def check_retraining(options: CompressOptions, pruner: str | None) -> None:
     """InputError for options that a run without retraining would ignore; ``pruner``: what it prunes by."""
     if options.retrain_epochs != 0:
         return
-    fields = {field.name: field.default for field in dataclasses.fields(options)}
     idle = ["retrain_lr", "mixed_rank", "mixed_rank_p", "consistency"]
     if pruner is None or not PRUNERS[pruner].trains:
-        idle.append("prune_epochs")  # which would go to retraining
-    for name in idle:
-        if getattr(options, name) != fields[name]:
-            switch = flag(name) if fields[name] is not True else flag(f"no_{name}")
-            raise InputError(f"{switch}: is for retraining, which --retrain-epochs 0 leaves out; leave out one of them")
+        # what would go to retraining, and what says how it learns
+        idle += ["prune_epochs", "distill", "temperature", "freeze_embeddings"]
+    for name in given_flags(options, idle):
+        raise InputError(f"{name}: is for training, which --retrain-epochs 0 leaves out; leave out one of them")
 
 
 def calibration_fingerprint(options: CompressOptions) -> str | None:

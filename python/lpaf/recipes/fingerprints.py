@@ -42,8 +42,8 @@ def weights_fingerprint(model: str) -> str:
 
 
 def files_fingerprint(options: CompressOptions) -> str | None:
-    """Content of the data files that ``options`` name; None for a task's own data."""
-    given = [options.train_file, options.validation_file, options.test_file, options.calibration_file]
+    """Content of the files of the splits that ``options`` name; None for a task's own data."""
+    given = [options.train_file, options.validation_file, options.test_file]
     files = [Path(file) for file in given if file is not None]
     if options.data_dir is not None and Path(options.data_dir).is_dir():
         kinds = (*SUFFIXES, TEXT_SUFFIX)

@@ -47,7 +47,7 @@ def latency_record(models: Mapping[str, nn.Module], batch: int, length: int, rou
 
 
 def rank_record(
-    dense: Mapping[str, torch.Tensor], factorized: Factorized, model: nn.Module, pruned: bool
+    dense: Mapping[str, torch.Tensor], factorized: Factorized, model: nn.Module, pruned: bool, compact: bool = False
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's ``rank``, and the spectra and masks behind the pictures.
 
@@ -56,6 +56,7 @@ def rank_record(
         factorized: the matrices that were factorised, pruned or not, or that stayed of a model cut short.
         model: the compressed model.
         pruned: whether ``factorized.weights`` were pruned.
+        compact: whether they are the sums of what ``model`` stores.
     """
     dense = {name: weight for name, weight in dense.items() if name in factorized.weights}
     spectra = {"dense": singular_values(dense, "spectra dense")}
@@ -68,9 +69,16 @@ def rank_record(
     }
     compressed = lowrank_linears(model)
     counts = sparsity_statistics([factorized.weights[name] for name in shapes]).tolist()
+    if compact:  # what is sparse is S
+        for row, name in enumerate(shapes):
+            layer = compressed.get(name)
+            if layer is not None and layer.rank:
+                rows = layer.kept.numel()
+                counts[row] = rows * layer.in_features, rows, layer.in_features if rows else 0
     per_matrix = {
         name: {
             "shape": list(shape),
+            "left": list(factorized.weights[name].shape),
             "dense": ranks["dense"][name],
             "pruned": ranks["pruned"][name] if pruned else None,
             "compressed": compressed[name].rank if name in compressed else None,
@@ -101,7 +109,8 @@ def rank_record(
     if pruned:
         middle = len(shapes) // 2 // PICTURED_MASKS * PICTURED_MASKS
         for name in list(shapes)[middle : middle + PICTURED_MASKS]:
-            if factorized.weights[name].shape == shapes[name]:  # nothing of it is gone
+            dense_sum = compact and name in compressed and compressed[name].rank
+            if factorized.weights[name].shape == shapes[name] and not dense_sum:  # nothing of it is gone
                 analysis[f"mask.{name}"] = pack_mask((factorized.weights[name] != 0).cpu())
     return record, analysis
 

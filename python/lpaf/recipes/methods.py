@@ -9,8 +9,11 @@ from typing import Any
 from ..errors import InputError
 from ..prune import PRUNERS
 from .calibrate import check_calibration, check_retraining
-from .options import LAYER_WISE, CompressOptions
+from .options import LAYER_WISE, CompressOptions, given_flags
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
+
+#: options of what follows pruning where matrices are factorised
+FACTORING = ("weighting", "mixed_rank", "mixed_rank_p", "consistency")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Method:
             for name, given in (("--no-prune", not options.prune), ("--pruner", options.pruner is not None)):
                 if given:
                     raise InputError(f"{name}: --method {self.name} makes the model smaller by its own pruning")
+            for name in given_flags(options, FACTORING):
+                raise InputError(f"{name}: is for matrices that are factorised, as by --method lpaf")
         pruner = self.pruner if options.prune else None
         if options.pruner is not None:
             if pruner is None:
@@ -91,7 +96,7 @@ class Method:
         chosen = ("pruner", "hard_pruning")
         idle = [name for name in PRUNER_OPTIONS if name not in chosen and not takes(pruner, name)]
         if self.compact:
-            idle += chosen
+            idle += (*chosen, *FACTORING)
         if self.low_rank_share is not None and "low_rank_share" not in idle:
             idle.append("low_rank_share")
         return (*idle, *untaught)

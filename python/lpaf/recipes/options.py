@@ -55,7 +55,8 @@ class CompressOptions:
     )
     ratio: float | None = option(
         None,
-        "share of encoder weights to keep, in (0, 1]; picks one rank, or with --rank auto many",
+        "share of encoder weights to keep, in (0, 1]; picks one rank, or with --rank auto many; the only size of "
+        "methods that remove neurons, blocks or layers",
         "size",
         metavar="R",
     )
@@ -181,15 +182,15 @@ class CompressOptions:
     )
     low_rank_share: float | None = option(
         None,
-        f"losparse: share of the encoder weights that U V gets (default: {LOW_RANK_SHARE:g}, at most half of --ratio); "
-        "the rows of S get the rest of --ratio",
+        f"losparse, cofi+losparse: share of the encoder weights that U V gets (default: {LOW_RANK_SHARE:g}, at most "
+        "half of --ratio); the rows of S get the rest of --ratio",
         "method",
         metavar="P",
     )
     uncertainty: float | None = option(
         None,
-        "losparse, itp, low-rank-2: multiply importance by its uncertainty, a moving average with this decay, as "
-        "PLATON does, such as 0.95 (default: importance alone)",
+        "losparse, itp, low-rank-2, cofi+losparse: multiply importance by its uncertainty, a moving average with this "
+        "decay, as PLATON does, such as 0.95 (default: importance alone)",
         "method",
         metavar="B",
     )
@@ -426,3 +427,13 @@ def text_fields() -> dict[str, dataclasses.Field]:
 def flag(name: str) -> str:
     """The command line's name of an option field."""
     return "--" + name.replace("_", "-")
+
+
+def given_flags(options: CompressOptions, names: Collection[str]) -> list[str]:
+    """What the command line calls those of the fields ``names`` that differ from their defaults, switched-off steps by
+    the switch."""
+    return [
+        flag(f"no_{field.name}" if field.metadata.get("negate") else field.name)
+        for field in dataclasses.fields(options)
+        if field.name in names and getattr(options, field.name) != field.default
+    ]

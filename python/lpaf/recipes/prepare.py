@@ -41,6 +41,7 @@ class Prepared:
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
     they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
     ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
+    ``bench_length``: the length of the latency and FLOP figures, as far as the model takes so many tokens.
     ``calibration``: the examples of the file that ``--calibration`` names.
     """
 
@@ -59,6 +60,7 @@ class Prepared:
     neurons: NeuronBudget | None
     finetune_epochs: float
     device: str
+    bench_length: int
     calibration: Dataset | None = None
 
 
@@ -103,12 +105,12 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
 
 def check_method_size(method: Method, options: CompressOptions) -> None:
     """InputError unless the one size that is asked for is of a kind that the method knows."""
-    check_size(options.rank, options.ratio, options.rank_error)
     by_ratio = method.factorizer is None or method.proportional
     if by_ratio and (options.ratio is None or options.rank is not None):
         raise InputError(
             f"--method {method.name}: its size is a share, of layers or of weights; pass --ratio R, the share to keep"
         )
+    check_size(options.rank, options.ratio, options.rank_error)
 
 
 def load(options: CompressOptions, method: Method, device: str) -> Prepared:
@@ -147,12 +149,11 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
     rank = budget = ranks = layers = neurons = None
-    if method.compact and PRUNERS[method.pruner].structured:
-        check_structures(model, method, options)
-    if method.compact and PRUNERS[method.pruner].budgeted:
-        neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
-    elif method.compact:
-        pass
+    if method.compact:
+        if PRUNERS[method.pruner].structured:
+            check_structures(model, method, options)
+        if PRUNERS[method.pruner].budgeted:
+            neurons = budget_of(shapes, method.pruner, options, method.low_rank_share)
     elif method.factorizer is None:
         layers = layers_for_ratio(model, options.ratio)
     elif method.proportional:
@@ -187,6 +188,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         neurons=neurons,
         finetune_epochs=epochs,
         device=device,
+        bench_length=min(options.bench_length, most_tokens(config) or options.bench_length),
         calibration=calibration,
     )
 

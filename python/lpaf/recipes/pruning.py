@@ -51,6 +51,11 @@ def score_lr(pruner: str | None, options: CompressOptions) -> float:
     return options.score_lr or PRUNERS.get(pruner, Pruner).score_lr
 
 
+def default_scope(pruner: str) -> str:
+    """Where ``pruner`` ranks its scores when ``--scope`` is silent."""
+    return inspect.signature(PRUNERS[pruner]).parameters["scope"].default
+
+
 def takes(pruner: str, field: str) -> bool:
     """Whether the option means something to the pruner called ``pruner``."""
     cls = PRUNERS[pruner]

@@ -21,7 +21,7 @@ from ..models.targets import encoder_linears
 from ..report.summary import STAGES
 from .measure import latency_record, neuron_record, rank_record, versions
 from .prepare import Prepared
-from .pruning import score_init, takes
+from .pruning import default_scope, score_init, takes
 
 REPORT_SCHEMA = 1
 
@@ -63,7 +63,7 @@ class Findings:
 
     def metric(self, stage: str, name: str | None = None) -> float | None:
         """A metric (default: the main one) of ``stage``, the mean over validation splits; None when the stage did not
-        findings."""
+        run."""
         if stage not in self.details:
             return None
         name = name or self.spec.main_metric
@@ -110,12 +110,12 @@ def run_record(
     before = {name: linear.weight.detach() for name, linear in encoder_linears(dense).items()}
     models = {"dense": dense, "compressed": model, **controls}
     with findings.timed("measure"):
-        times = latency_record(models, options.bench_batch, options.bench_length)
-        ranks, analysis = rank_record(before, factorized, model, pruned=pruner is not None)
+        times = latency_record(models, options.bench_batch, prepared.bench_length)
+        ranks, analysis = rank_record(before, factorized, model, pruner is not None, prepared.method.compact)
     analysis |= neuron_record(scores or {}, model)
     analysis |= {f"scores.{name}": scores for name, scores in findings.examples.items()}
     dense_params, compressed_params = encoder_params(dense), encoder_params(model)
-    length = options.bench_length
+    length = prepared.bench_length
     return {
         "schema": REPORT_SCHEMA,
         "method": prepared.method.name,
@@ -166,12 +166,14 @@ def run_record(
         | {
             "rank": options.rank if prepared.rank is None else prepared.rank,
             "pruner": pruner,
+            "scope": (options.scope or default_scope(pruner)) if pruner and takes(pruner, "scope") else None,
             "low_rank_share": prepared.neurons.low_rank_share if prepared.neurons else None,
             "keep": options.keep if pruner and takes(pruner, "keep") else None,
             "score_init": score_init(pruner, options),
             "mixed_rank_p": mixed_rank_p if mixed_rank else None,
             "finetune_epochs": prepared.finetune_epochs,
             "max_length": prepared.max_length,
+            "bench_length": prepared.bench_length,
             **(dataclasses.asdict(prepared.spans) if spec.is_question_answering else {}),
             **(dataclasses.asdict(prepared.texts) if spec.is_summarization else {}),
             "weighting": prepared.method.weighting,

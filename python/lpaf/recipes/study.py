@@ -54,6 +54,7 @@ from ..data import get_task
 from ..errors import InputError
 from ..processes import from_main, is_main, process_place, say, start
 from ..report.study import Cell, Outcome, write_study
+from .calibrate import calibration_fingerprint
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
 from .methods import METHODS, get_method
@@ -262,6 +263,7 @@ class Run:
         decides = options.to_dict(without=(*RUN_OPTIONS, *PATH_OPTIONS, *idle)) | {
             "weights": weights_fingerprint(options.model),
             "data": files_fingerprint(options),
+            "calibrated": calibration_fingerprint(options) or options.calibration,
             "force": options.forced,
             "version": lpaf_kernels.__version__,
             "processes": processes if processes > 1 else None,

@@ -111,16 +111,18 @@ SPECTRA_CAPTION = (
 SINGULAR_VALUES_CAPTION = (
     "The singular values of the matrices of a layer in the middle, largest first, relative to the largest; the axis "
     "is logarithmic. A fast fall at the left is a subspace that the neurons share, which a low-rank part takes over; "
-    "a long, slow tail is what each neuron has of its own."
+    "a long, slow tail is what each neuron has of its own. Matrices of zeros have no line."
 )
 KEPT_BY_LAYER_CAPTION = (
     "How what is stored was shared out, by layer (across) and kind of matrix (down): the rank of the low-rank part "
-    "and, where neurons are kept besides, their number. Colour is the share of full rank, or of the matrix's neurons."
+    "and, where neurons are kept besides, their number. Colour is the share of full rank, or of the matrix's neurons, "
+    "and darkest at the most that any matrix of the panel has."
 )
 IMPORTANCE_CAPTION = (
     "How many neurons (rows of a matrix) have which importance, one panel per kind of matrix, all layers together; "
-    "the counts are on a logarithmic axis. The more of them are near zero, the less is lost with them. The upright "
-    "line, where there is one, is the importance from which on neurons were kept."
+    "the counts are on a logarithmic axis, and every panel has an importance axis of its own. It is the moving average "
+    "at the end of pruning, when pruned rows have been zero for a while and count as nothing: the heap at zero is what "
+    "was removed. The upright line, where one parts them, is the least importance of a kept neuron of that kind."
 )
 TRAINING_CAPTION = (
     "Training, one column per stage: the loss (top) and what was scheduled (bottom): the share of weights "

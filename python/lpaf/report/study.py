@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from lpaf.data.task_data import TEST
+from lpaf.data.tasks import LOWER_IS_BETTER
 from lpaf.evaluate.metrics import PairedTest, paired_scores
 from lpaf.report.figures import MUTED, Picture, grid, styled, to_png
-from lpaf.report.summary import LOWER_IS_BETTER, MISSING, STAGES, format_rank, is_number
+from lpaf.report.summary import MISSING, STAGES, format_rank, is_number
 from lpaf.report.write import ANALYSIS_FILE, REPORT_FILE
 
 Cell = tuple[tuple[str, Any], ...]

@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lpaf.data.tasks import LOWER_IS_BETTER
+
 MISSING = "-"
-LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "mean_squared_error", "mean_absolute_error"})
 STAGES = ("dense", "pruned", "factorized", "compressed")
 
 
@@ -219,10 +220,10 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
 
 def whole_rank(entry: Mapping[str, Any]) -> int | None:
     """The rank of a compressed matrix U V + S: that of U V (``compressed``) and one more for each kept neuron, at most
-    full rank; None where nothing was compressed."""
+    the full rank of what is left of the matrix; None where nothing was compressed."""
     if not is_number(entry["compressed"]):
         return None
-    return min(int(entry["compressed"]) + int(entry["kept"] or 0), *entry["shape"])
+    return min(int(entry["compressed"]) + int(entry["kept"] or 0), *(entry.get("left") or entry["shape"]))
 
 
 def rank_spread(per_matrix: Mapping[str, Any]) -> tuple[int, float, int] | None:

@@ -149,17 +149,18 @@ class StageTrainer(Trainer):
         outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
         logits = task_logits(outputs, inputs.get("attention_mask"))
         loss, parts = self.objective(logits, labels, teacher)
-        for term in self.terms:
-            added = term(model, outputs, batch)
-            loss = loss + sum(added.values())
-            parts |= {name: value.detach() for name, value in added.items()}
         # Gradients and logs are the means over the processes, whose shares of a short batch differ.
-        weight = self.share.weight(self.state.global_step % len(self.share))
+        weight = by_example = self.share.weight(self.state.global_step % len(self.share))
         if self.objective.problem in TOKEN_PROBLEMS and process_place()[1] > 1:
             weight = token_weight(int((labels != IGNORED).sum()) if weight else 0)
         loss = weight * loss
+        parts = {name: weight * part for name, part in parts.items()}
+        for term in self.terms:  # means over examples
+            added = {name: by_example * value for name, value in term(model, outputs, batch).items()}
+            loss = loss + sum(added.values())
+            parts |= {name: value.detach() for name, value in added.items()}
         for name, part in parts.items():
-            self._parts.setdefault(name, []).append(weight * part)
+            self._parts.setdefault(name, []).append(part)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
