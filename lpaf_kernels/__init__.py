@@ -13,7 +13,7 @@ from .nn.graphed import GraphRunner
 from .nn.lowrank_attention import LowRankAttention
 from .nn.lowrank_ffn import LowRankFFN
 from .nn.lowrank_plus_sparse_linear import LowRankPlusSparseLinear
-from .nn.lowrank_sparse_linear import LowRankSparseLinear
+from .nn.lowrank_sparse_linear import LowRankSparseLinear, SharedLowRankLinear
 from .nn.masked_linear import MaskedLinear, set_thresholds
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
 from .nn.swap import swap_linears
@@ -46,6 +46,7 @@ __all__ = [
     "MixedRankLinear",
     "Norm",
     "PackedMask",
+    "SharedLowRankLinear",
     "__version__",
     "accumulate_movement_",
     "build_info",

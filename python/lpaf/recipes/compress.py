@@ -21,6 +21,7 @@ import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
 
 from ..data import sampled, tokenize
+from ..evaluate.metrics import compute_metrics
 from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
@@ -31,8 +32,11 @@ from ..factorize import (
     rank_params,
     weighted_spectra,
 )
+from ..factorize.autoencoder import Decoded
+from ..factorize.offline import ModulePlan, compress_module, module_decoded, module_tensors
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.decoded import put_in
 from ..models.t5 import leave_out_casts
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
@@ -91,7 +95,7 @@ class Compression:
         kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
         self.stages = StageStore(Path(options.stages) if options.stages else kept)
         logits = options.distill_output if options.layer_wise else options.distill
-        self.distill = logits if prepared.method.distill else 0.0
+        self.distill = logits if prepared.method.distill and not prepared.untaught else 0.0
         #: weight of the task loss, if it is not what distillation leaves it
         self.task = 1.0 if options.layer_wise else None
         #: what the teacher adds to the loss of pruning and retraining
@@ -102,6 +106,8 @@ class Compression:
         #: the dense model, where it runs beside the student because its logits are too many to be kept
         self.teacher: nn.Module | None = None
         self.findings = Findings(data.spec)
+        #: group that --modules names -> what became of it
+        self.compressed_modules: dict[str, dict[str, Any]] | None = None
 
     def tokenize(self, examples: Dataset) -> Dataset:
         """Token ids of a split."""
@@ -129,6 +135,21 @@ class Compression:
                 )
                 self.findings.score(stage, name, outputs, labels)
         say(f"{stage}: {spec.main_metric} {self.findings.metric(stage):.4f}")
+
+    def validation_metric(self, model: nn.Module) -> float:
+        """The main metric of ``model`` on the main validation split."""
+        prepared, spec = self.prepared, self.prepared.data.spec
+        name = prepared.data.main_split
+        outputs, labels = task_outputs(
+            model,
+            spec,
+            prepared.data.validation[name],
+            self.validation[name],
+            prepared.tokenizer,
+            prepared.spans,
+            prepared.texts,
+        )
+        return compute_metrics(spec, outputs, labels)[spec.main_metric]
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -200,6 +221,13 @@ class Compression:
             "device": self.prepared.device,
             "max_length": self.prepared.max_length,
         }
+        if kind == "module":
+            plans = {plan.group.name: plan.to_json() for plan in self.prepared.modules}
+            name = stage.partition("-")[2]
+            if self.options.stop_on == "metric":  # seen beside the groups that came before
+                before = list(plans)[: list(plans).index(name)]
+                settings |= {"stop_on": "metric", "before": [plans[other] for other in before]}
+            settings |= {"plan": plans[name]}
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
             if PRUNERS[method.pruner].structured:
@@ -351,6 +379,46 @@ class Compression:
         self.evaluate(stage, model)
         return factorized
 
+    def compress_modules(self, model: nn.Module) -> Factorized:
+        """Put what stands in for them in place of the matrices that ``--modules`` names, in ``model`` itself."""
+        errors, weights, self.compressed_modules = {}, {}, {}
+        for plan in self.prepared.modules:
+            before = plan.group.weights(model)
+            decoded = module_decoded(plan, self.once(f"module-{plan.group.name}", partial(self.solve, plan, model)))
+            errors |= {name: one.relative_error(before[name]) for name, one in decoded.items()}
+            weights |= before
+            put_in(model, plan.group, decoded, plan.joint)
+            self.compressed_modules[plan.group.name] = plan.record() | {
+                "error": sum(errors[name] for name in before) / len(before),
+                "seconds": round(self.findings.seconds[f"module {plan.group.name}"], 2),
+            }
+            say(f"{plan.group.name}: {plan.ratio:.2f}x smaller, relative error {errors[next(iter(before))]:.3f}")
+        self.evaluate("factorized", model)
+        linears = encoder_linears(model)
+        return Factorized(*({name: of[name] for name in of if name in linears} for of in (errors, weights)))
+
+    def solve(self, plan: ModulePlan, model: nn.Module) -> Tensors:
+        """What stands in for the matrices of one group of ``model``."""
+        label = f"module {plan.group.name}"
+        kept = self.workspace.stage(label.replace(" ", "-")) if self.options.checkpoint_steps else None
+        score = partial(self.score_modules, plan, model) if self.options.stop_on == "metric" else None
+        with self.findings.timed(label):
+            return from_main(
+                lambda: module_tensors(plan, compress_module(plan, plan.group.weights(model), None, kept, score))
+            )
+
+    def score_modules(self, plan: ModulePlan, model: nn.Module, decoded: Mapping[str, Decoded]) -> float:
+        """The metric of ``model`` on the main validation split, the less the better, with what stands in for some of a
+        group's matrices."""
+        before = {name: weight.clone() for name, weight in plan.group.weights(model).items()}
+        with torch.no_grad():
+            for name, one in decoded.items():
+                model.get_submodule(name).weight.copy_(one.weight())
+            metric = self.validation_metric(model)
+            for name, weight in before.items():
+                model.get_submodule(name).weight.copy_(weight)
+        return metric if self.prepared.data.spec.lower_is_better else -metric
+
     def truncate(self, model: nn.Module) -> tuple[nn.Module, Factorized]:
         """The first layers of ``model``, in whose matrices there is no error."""
         student = truncate(model, self.prepared.layers)
@@ -374,7 +442,8 @@ class Compression:
         """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
         epochs = options.retrain_epochs
-        if method.pruner is None or not PRUNERS[method.pruner].trains:
+        offline = self.prepared.modules is not None
+        if not offline and (method.pruner is None or not PRUNERS[method.pruner].trains):
             epochs += options.prune_epochs  # methods that do not train while pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
         consistency = 1.0 if method.consistency else 0.0
@@ -412,6 +481,9 @@ class Compression:
         self.calibrate(sparse)
         if self.prepared.method.compact:
             model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set, before="pruned")
+        elif self.prepared.modules is not None:
+            factorized = self.compress_modules(sparse)
+            model, factorized = self.retrained(sparse, factorized, train_set, before="factorized")
         elif self.prepared.layers is not None:
             model, factorized = self.retrained(*self.truncate(sparse), train_set, before="factorized")
         else:
@@ -437,6 +509,7 @@ class Compression:
                 scores,
                 others,
                 self.calibrated,
+                self.compressed_modules,
             )
             self.publish(model, report, analysis)
             return report

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..prune import PRUNERS
 from .calibrate import check_calibration, check_retraining
+from .modules import check_modules
 from .options import LAYER_WISE, CompressOptions, given_flags
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
@@ -26,6 +27,7 @@ class Method:
         pruner: name in ``lpaf.prune.PRUNERS``, or None.
         factorizer: name in ``lpaf.factorize.FACTORIZERS``; None leaves layers out instead, unless ``compact``.
         compact: whether the pruner leaves the final layers behind, so that nothing is factorised.
+        modules_only: whether it compresses the modules that ``--modules`` names, and nothing else.
         proportional: whether ``--ratio`` gives every matrix ranks in proportion to its size, instead of one rank.
         low_rank_share: share of the weights for U V: None takes that of ``--low-rank-share``, 0 leaves U V out, 1
             gives it all of ``--ratio``. For a pruner that takes it.
@@ -40,6 +42,7 @@ class Method:
     pruner: str | None
     factorizer: str | None
     compact: bool = False
+    modules_only: bool = False
     proportional: bool = False
     low_rank_share: float | None = None
     weighting: str = "none"
@@ -49,6 +52,7 @@ class Method:
 
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the pruner that ``options`` name and without the steps that they switch off."""
+        check_modules(options, self.modules_only)
         if self.compact:
             for name, given in (("--no-prune", not options.prune), ("--pruner", options.pruner is not None)):
                 if given:
@@ -171,6 +175,13 @@ METHODS = {
             pruner="cofi+losparse",
             factorizer=None,
             compact=True,
+        ),
+        Method(
+            "autoencoder",
+            "offline: latent rows and a decoder for token embeddings and other matrices (Banaei et al., 2023)",
+            pruner=None,
+            factorizer=None,
+            modules_only=True,
         ),
         Method(
             "truncate",

@@ -92,6 +92,7 @@ def run_record(
     scores: Mapping[str, torch.Tensor] | None,
     controls: Mapping[str, nn.Module],
     calibrated: Mapping[str, Any] | None = None,
+    modules: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures.
 
@@ -103,6 +104,7 @@ def run_record(
         scores: what the pruner returned.
         controls: further models made for comparison.
         calibrated: what ``input_moments`` recorded.
+        modules: what became of those that ``--modules`` names.
     """
     options, spec = prepared.options, prepared.data.spec
     pruner = prepared.method.pruner
@@ -159,6 +161,7 @@ def run_record(
         },
         "rank": ranks,
         "calibration": calibrated,
+        "modules": modules,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),
