@@ -11,10 +11,28 @@ from .decoded_embedding import DecodedEmbedding
 
 
 class DecodedLinear(nn.Module):
-    def __init__(self, in_features, out_features, latent_dim, hidden=(), decoder_bias=True, norms=False, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        latent_dim,
+        hidden=(),
+        decoder_bias=True,
+        norms=False,
+        bias=True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        rows = DecodedEmbedding(out_features, in_features, latent_dim, hidden, decoder_bias, norms, device=device, dtype=dtype)
-        self._fill(rows.latent, rows.decoder, rows.norms, nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+        rows = DecodedEmbedding(
+            out_features, in_features, latent_dim, hidden, decoder_bias, norms, device=device, dtype=dtype
+        )
+        self._fill(
+            rows.latent,
+            rows.decoder,
+            rows.norms,
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None,
+        )
 
     def _fill(self, latent, decoder, norms, bias, owner=None):
         self.latent = latent
@@ -33,9 +51,14 @@ class DecodedLinear(nn.Module):
     def sharing(cls, owner, out_features, norms=False, bias=True, device=None, dtype=None):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        like = dict(device=device, dtype=dtype)
-        self._fill(nn.Parameter(torch.zeros(out_features, owner.latent.shape[1], **like)), None, torch.zeros(out_features, **like) if norms else None,
-                   nn.Parameter(torch.zeros(out_features, **like)) if bias else None, owner)
+        like = {"device": device, "dtype": dtype}
+        self._fill(
+            nn.Parameter(torch.zeros(out_features, owner.latent.shape[1], **like)),
+            None,
+            torch.zeros(out_features, **like) if norms else None,
+            nn.Parameter(torch.zeros(out_features, **like)) if bias else None,
+            owner,
+        )
         return self
 
     @classmethod
@@ -65,7 +88,9 @@ class DecodedLinear(nn.Module):
     @property
     def weight(self):
         layers = [(layer.weight, layer.bias) for layer in self.decoder]
-        return decoded_embedding(torch.arange(len(self.latent), device=self.latent.device), self.latent, layers, self.norms)
+        return decoded_embedding(
+            torch.arange(len(self.latent), device=self.latent.device), self.latent, layers, self.norms
+        )
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""The autoencoder of one matrix: its sizes, its loss (Eq. 2), the optimum of the linear one, norms, stops and resumes."""
+"""The autoencoder of one matrix: its sizes, its loss (Eq. 2), the optimum of the linear one, norms, resumed runs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_rows_of_zeros_and_exact_rows_have_gradients():
     rebuilt = torch.zeros(3, 4, requires_grad=True)
     loss = reconstruction_loss(rows, rebuilt, 0.5)
     loss.backward()
-    assert loss < 1e-6 and rebuilt.grad.isfinite().all()
+    assert loss < 1e-6
+    assert rebuilt.grad.isfinite().all()
 
 
 # training -------------------------------------------------------------------------------------------------------------

@@ -265,7 +265,8 @@ class AutoencoderTraining:
         while True:
             epoch, place = divmod(update, per_epoch)
             if place == 0 or update == self.update:
-                order = torch.randperm(len(self.weight), generator=generator.manual_seed(_mix(self.options.seed, epoch)))
+                generator.manual_seed(self.options.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(self.weight), generator=generator)
             yield order[place * size : (place + 1) * size].to(self.weight.device)
             update += 1
 
@@ -330,7 +331,3 @@ class AutoencoderTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("update", "waited", "best", "losses", "kept"):
             setattr(self, name, state[name])
-
-
-def _mix(seed: int, epoch: int) -> int:
-    return seed * 1_000_003 + epoch

@@ -1,4 +1,4 @@
-"""Offline compression: chosen matrices for what stands in for them, with no training of the model (Banaei et al., 2023).
+"""Offline compression: what stands in for chosen matrices, with no training of the model (Banaei et al., 2023).
 
 Every method gives each matrix W [n, m] latent rows [n, k] and a decoder: truncated SVD, W = A B, has a linear one, with
 A for the latent rows and B for the decoder; so has a linear autoencoder, whose rows' norms cost nothing, because they
@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lpaf_kernels import weighted_svd
 
@@ -220,12 +220,20 @@ def compress_module(
         stacked = torch.cat([weights[name].float() for name in names])
         lengths = [len(weights[name]) for name in names]
 
-        def score_of(decoded: Decoded, names: list[str] = names, lengths: list[int] = lengths) -> float:
-            return score(found | _split(decoded, names, lengths))
-
-        decoded = _solve(plan, label, stacked, plan.units[names[0]], rows, checkpoint, score and score_of)
+        scored = None if score is None else partial(_score_among, score, dict(found), names, lengths)
+        decoded = _solve(plan, label, stacked, plan.units[names[0]], rows, checkpoint, scored)
         found |= _split(decoded, names, lengths)
     return found
+
+
+def _score_among(
+    score: Callable[[dict[str, Decoded]], float],
+    before: dict[str, Decoded],
+    names: list[str],
+    lengths: list[int],
+    decoded: Decoded,
+) -> float:
+    return score(before | _split(decoded, names, lengths))
 
 
 def _solve(

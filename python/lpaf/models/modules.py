@@ -84,7 +84,11 @@ def module_groups(model: nn.Module, names: Sequence[str]) -> list[ModuleGroup]:
 
 def _embeddings(model: nn.Module) -> dict[str, Shape]:
     embedding = model.get_input_embeddings()
-    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is embedding]
+    places = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight is embedding.weight
+    ]
     if type(embedding) is not nn.Embedding or len(places) != 1:
         raise InputError(
             f"--modules {EMBEDDINGS}: {type(model).__name__} has no single table of token embeddings that could be "

@@ -393,6 +393,8 @@ class Compression:
                 "seconds": round(self.findings.seconds[f"module {plan.group.name}"], 2),
             }
             say(f"{plan.group.name}: {plan.ratio:.2f}x smaller, relative error {errors[next(iter(before))]:.3f}")
+        if self.options.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
         self.evaluate("factorized", model)
         linears = encoder_linears(model)
         return Factorized(*({name: of[name] for name in of if name in linears} for of in (errors, weights)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from torch import nn
 
 from ..errors import InputError
@@ -47,13 +47,17 @@ def check_modules(options: CompressOptions, modules_only: bool) -> None:
             raise InputError(f"{name}: is for single modules; pass --modules NAME,NAME as well")
         return
     if options.method not in OFFLINE:
-        raise InputError(f"--modules: --method {options.method} has no use for it; pass --method {' or '.join(OFFLINE)}")
+        raise InputError(
+            f"--modules: --method {options.method} has no use for it; pass --method {' or '.join(OFFLINE)}"
+        )
     for name in given_flags(options, _SIZES):
         raise InputError(f"{name}: is the size of the whole encoder; with --modules pass --compression-ratio CR")
     if options.compression_ratio is None and options.module_settings is None:
         raise InputError("--modules: their size is missing; pass --compression-ratio CR, or --module-settings FILE")
     if options.calibration is not None:
         raise InputError(f"--calibration {options.calibration}: is for whole encoders, not for --modules")
+    for name in given_flags(options, ("prune_epochs", "prune")):
+        raise InputError(f"{name}: is for pruning, which --modules leaves out")
     if options.method != "autoencoder":
         for name in given_flags(options, AUTOENCODER_OPTIONS):
             raise InputError(f"{name}: is for --method autoencoder, not for --method {options.method}")

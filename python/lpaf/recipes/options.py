@@ -182,7 +182,10 @@ class CompressOptions:
     )
     prune_epochs: float = option(2.0, "epochs of pruning", "training", metavar="F")
     retrain_epochs: float | None = option(
-        None, "epochs of retraining after factorisation; 0: none (default: 3, with --modules 0)", "training", metavar="F"
+        None,
+        "epochs of retraining after factorisation; 0: none (default: 3, with --modules 0)",
+        "training",
+        metavar="F",
     )
     batch_size: int = option(32, "examples per update", "training", metavar="N")
     finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")

@@ -43,8 +43,8 @@ class Prepared:
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
     they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
     ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
-    ``modules``: what becomes of those that ``--modules`` names, alone. ``untaught``: whether the dense model's head is new
-    when the matrices are compressed, so that it has nothing to teach.
+    ``modules``: what becomes of those that ``--modules`` names, alone. ``untaught``: whether the dense model's head is
+    new when the matrices are compressed, so that it has nothing to teach.
     ``bench_length``: the length of the latency and FLOP figures, as far as the model takes so many tokens.
     ``calibration``: the examples of the file that ``--calibration`` names.
     """
@@ -96,6 +96,8 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
             f"--batch-size {options.batch_size}: {processes} processes share a batch out evenly; pass a multiple of "
             f"{processes}"
         )
+    if processes > 1 and options.stop_on == "metric":
+        raise InputError("--stop-on metric: runs in one process, whose decisions are its own; leave it out")
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
     check_method_size(method, options)

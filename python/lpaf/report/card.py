@@ -12,6 +12,9 @@ import yaml
 from lpaf.report.summary import (
     command_text,
     flatten,
+    format_count,
+    format_factor,
+    format_seconds,
     headlines,
     latency_conditions,
     loading_snippet,
@@ -28,6 +31,7 @@ METHODS = {
     "movement-structured": "structured movement pruning of neurons, then fine-tuning",
     "low-rank-1": "truncated singular value decomposition, every matrix at the same share, then fine-tuning",
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing, then fine-tuning",
+    "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, then fine-tuning",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
     "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
@@ -41,12 +45,14 @@ WITHOUT_RETRAINING = {
     "low-rank-1": "truncated singular value decomposition, every matrix at the same share, without training",
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi)",
+    "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, without training",
     "truncate": "the first layers of the model as they are",
     "kd": "the first layers of the model as they are",
 }
 TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
+    "autoencoder": ("low-rank", "autoencoder"),
     "truncate": ("truncated",),
     "losparse": ("low-rank", "pruning", "structured-pruning"),
     "itp": ("pruning", "structured-pruning"),
@@ -124,6 +130,17 @@ def calibration_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def module_lines(report: Mapping[str, Any]) -> list[str]:
+    """What became of the modules that were compressed alone."""
+    return [
+        f"- Module {_code(name)}: {format_count(found['weights'])} weights in {format_count(found['stored'])} numbers, "
+        f"{format_factor(found['ratio'])} smaller ({found['decoder']} decoder, latent rows of {found['latent']}"
+        f"{', shared by all layers' if found['joint'] else ''}); relative error {found['error']:.3f}; "
+        f"{format_seconds(found['seconds'])}"
+        for name, found in (report.get("modules") or {}).items()
+    ]
+
+
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card of one compression run as Markdown with YAML front matter."""
     matter = yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True, width=1000)
@@ -137,6 +154,7 @@ def render_card(report: Mapping[str, Any]) -> str:
         f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
         f"- Method: {_cell(methods.get(method, method))}",
         *calibration_lines(report),
+        *module_lines(report),
         f"- Seed: {_one_line(report['seed'])}",
         "- Versions: " + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
     ]
