@@ -10,16 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import lpaf_kernels
 from lpaf.errors import InputError
 from lpaf.factorize.autoencoder import Decoded
+from lpaf.factorize.baselines import kronecker, tucker
 from lpaf.factorize.offline import ModuleSettings, compress_module, fold_norms, plan_module
 from lpaf.models.checkpoint import save_compressed
 from lpaf.models.conv1d import use_linears
 from lpaf.models.count import encoder_params
-from lpaf.models.decoded import put_in
+from lpaf.models.decoded import build_layers, describe, install, layer_tensors, remake
 from lpaf.models.modules import module_groups
 from lpaf.recipes.compress import compress
 from lpaf.recipes.options import CompressOptions
@@ -34,7 +41,6 @@ def test_names_are_roles_and_embeddings():
     assert embeddings.shapes == {"bert.embeddings.word_embeddings": (40, 32)}
     assert list(key.shapes) == [f"bert.encoder.layer.{i}.attention.self.key" for i in range(2)]
     assert down.shapes["bert.encoder.layer.0.output.dense"] == (32, 48)
-    assert key.joint_shape == (64, 32)
     assert key.joinable
     assert not embeddings.joinable
 
@@ -66,6 +72,11 @@ CASES = [
     ("autoencoder", {"keep_norms": True, "cosine": 0.5}),
     ("autoencoder", {"concatenate": True, "decoder": "mlp1", "keep_norms": True}),
     ("autoencoder", {"decoder": "mlp2"}),
+    ("prune-l1", {}),
+    ("prune-l1", {"concatenate": True}),
+    ("kronecker", {"concatenate": True}),
+    ("tucker", {}),
+    ("tucker", {"concatenate": True}),
 ]
 
 
@@ -75,28 +86,32 @@ def compressed(model: torch.nn.Module, names: list[str], method: str, ratio: flo
     for group in module_groups(model, names):
         quick = {"module_updates": 20} if method == "autoencoder" else {}
         plan = plan_module(group, method, ModuleSettings(ratio, **quick, **settings), seed=0)
-        put_in(model, group, compress_module(plan, group.weights(model)), plan.joint)
+        install(model, build_layers(model, compress_module(plan, group.weights(model)), plan.joint))
         plans.append(plan)
     return plans
 
 
+def numbers(tensors: dict[str, torch.Tensor]) -> float:
+    """How many numbers of 4 bytes tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 4
+
+
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_the_stated_ratio_is_that_of_the_saved_file(tiny_model, tmp_path, method, settings):
-    """Latent rows, decoders and norms are counted: the file holds so many numbers, and so much less than before."""
-    from transformers import AutoTokenizer
-
+    """Latent rows, decoders, norms and places are counted: the file holds so many numbers, and so much less than
+    before."""
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
-    dense = sum(tensor.numel() for tensor in model.state_dict().values())
+    dense = numbers(model.state_dict())
     plans = compressed(model, ["embeddings", "key", "output-dense"], method, **settings)
     save_compressed(model, AutoTokenizer.from_pretrained(tiny_model), tmp_path / "small", method)
     file = load_file(tmp_path / "small" / "model.safetensors")
-    saved = sum(tensor.numel() for tensor in file.values())
-    assert dense - saved == sum(plan.group.params - plan.stored for plan in plans)
+    assert dense - numbers(file) == pytest.approx(sum(plan.group.params - plan.stored for plan in plans), abs=3)
     for plan in plans:
-        assert plan.ratio >= 4.0
+        assert plan.ratio >= 4.0 * (1 - 1 / plan.stored)
         names = [name for name in file if any(name.startswith(f"{module}.") for module in plan.group.shapes)]
         biases = {f"{module}.bias" for module in plan.group.shapes}
-        assert sum(file[name].numel() for name in names if name not in biases) == plan.stored
+        stored = numbers({name: file[name] for name in names if name not in biases})
+        assert plan.stored - 1 < stored <= plan.stored
 
 
 def test_encoder_parameters_count_a_shared_decoder_once():
@@ -112,7 +127,7 @@ def test_the_svd_of_a_module_is_the_best_of_its_rank():
     plan = plan_module(group, "svd", ModuleSettings(3.0), seed=0)
     weights = group.weights(model)
     for name, one in compress_module(plan, weights).items():
-        tail = torch.linalg.svdvals(weights[name].double())[plan.units[name] :]
+        tail = torch.linalg.svdvals(weights[name].double())[plan.sizes[name] :]
         error = (weights[name] - one.weight()).double().norm()
         assert float(error) == pytest.approx(float(tail.norm()), rel=1e-5)
 
@@ -122,8 +137,54 @@ def test_together_is_no_worse_than_apart_at_the_same_latent_size():
     model = build("bert")
     (group,) = module_groups(model, ["key"])
     apart, joint = (plan_module(group, "svd", ModuleSettings(3.0, concatenate=c), seed=0) for c in (False, True))
-    assert joint.units[next(iter(group.shapes))] > apart.units[next(iter(group.shapes))]
+    assert joint.sizes[next(iter(group.shapes))] > apart.sizes[next(iter(group.shapes))]
     assert joint.stored <= group.params / 3
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_layers_are_made_again_from_their_descriptions(method, settings):
+    """As a resumed run does, from what it kept."""
+    model = build("bert")
+    for group in module_groups(model, ["embeddings", "key"]):
+        quick = {"module_updates": 20} if method == "autoencoder" else {}
+        plan = plan_module(group, method, ModuleSettings(3.0, **quick, **settings), seed=0)
+        layers = build_layers(model, compress_module(plan, group.weights(model)), plan.joint)
+        entries = describe({layer: name for name, layer in layers.items()})
+        again = remake(model, json.loads(json.dumps(entries)), layer_tensors(layers))
+        for name, layer in layers.items():
+            assert type(again[name]) is type(layer)
+            assert torch.equal(again[name].weight, layer.weight)
+
+
+def test_pruning_keeps_the_largest_weights():
+    model = build("bert")
+    (group,) = module_groups(model, ["key"])
+    weights = group.weights(model)
+    for joint in (False, True):
+        plan = plan_module(group, "prune-l1", ModuleSettings(3.0, concatenate=joint), seed=0)
+        parts = compress_module(plan, weights)
+        kept = [parts[name].weight() != 0 for name in weights]
+        for name, mask in zip(weights, kept, strict=True):
+            assert torch.equal(parts[name].weight()[mask], weights[name][mask])
+        stacks = [(torch.stack(list(weights.values())), torch.stack(kept))] if joint else zip(weights.values(), kept)
+        for weight, mask in stacks:
+            assert weight[mask].abs().min() >= weight[~mask].abs().max()
+
+
+def test_a_kronecker_product_is_found_again():
+    torch.manual_seed(0)
+    a, b = torch.randn(8, 4), torch.randn(6, 12)
+    (source,) = kronecker([torch.kron(a, b)], (8, 4, 6, 12))
+    torch.testing.assert_close(source.weight(), torch.kron(a, b), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tucker_decomposition_is_found_again():
+    pytest.importorskip("tensorly")
+    torch.manual_seed(0)
+    left, right = torch.randn(20, 3), torch.randn(16, 3)
+    weights = [left @ torch.randn(3, 3) @ right.T for _ in range(2)]
+    for weight, source in zip(weights, tucker(weights, (2, 3, 3)), strict=True):
+        torch.testing.assert_close(source.weight(), weight, rtol=1e-3, atol=1e-3)
 
 
 def test_norms_of_a_linear_decoder_go_into_the_latent_rows():
@@ -156,6 +217,8 @@ def test_matrices_of_several_widths_cannot_share_a_decoder():
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_layers_compute_what_the_matrices_would(method, settings):
     """Dense layers with the decoded matrices in them give the same logits."""
+    if method == "tucker":
+        pytest.importorskip("tensorly")
     model = build("bert").eval()
     dense = copy.deepcopy(model)
     compressed(model, ["embeddings", "key", "output-dense"], method, **settings)
@@ -185,8 +248,6 @@ def test_copies_keep_shared_decoders_together_and_train(method, settings):
 @pytest.mark.parametrize("decoder", ["linear", "mlp1"])
 def test_a_tied_output_layer_decodes_the_same_latent_rows(tiny_model, tmp_path, model_class, decoder):
     """The file has the embeddings once, the logits are those of the decoded table, and a reloaded model keeps them."""
-    from transformers import AutoTokenizer
-
     directory = tiny_model
     if model_class is AutoModelForCausalLM:
         directory = write_text_model(tmp_path / "gpt2", "gpt2")
@@ -203,7 +264,7 @@ def test_a_tied_output_layer_decodes_the_same_latent_rows(tiny_model, tmp_path, 
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     save_compressed(model, AutoTokenizer.from_pretrained(directory), tmp_path / "small", "autoencoder")
     file = load_file(tmp_path / "small" / "model.safetensors")
-    latent = plans[0].units[next(iter(plans[0].group.shapes))]
+    latent = plans[0].sizes[next(iter(plans[0].group.shapes))]
     assert [name for name in file if name.endswith("latent")] != []
     assert sum(tensor.shape[-1:] == (latent,) and tensor.shape[0] == table.shape[0] for tensor in file.values()) == 1
     again = model_class.from_pretrained(tmp_path / "small").eval()

@@ -119,11 +119,6 @@ class Decoded:
         rows = torch.arange(len(self.latent), device=self.latent.device)
         return decoded_embedding(rows, self.latent, self.layers, self.norms)
 
-    def relative_error(self, weight: torch.Tensor) -> float:
-        """|W - W'|_F / |W|_F; 0 for a matrix of zeros."""
-        rebuilt = self.weight().to(weight)
-        return float((weight - rebuilt).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
-
 
 class Autoencoder(nn.Module):
     """Encoder and decoder for rows of ``columns`` numbers; ``unit`` is the latent's size."""

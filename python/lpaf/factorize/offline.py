@@ -1,9 +1,10 @@
 """Offline compression: what stands in for chosen matrices, with no training of the model (Banaei et al., 2023).
 
-Every method gives each matrix W [n, m] latent rows [n, k] and a decoder: truncated SVD, W = A B, has a linear one, with
-A for the latent rows and B for the decoder; so has a linear autoencoder, whose rows' norms cost nothing, because they
-go into the latent rows. Matrices of one role may be put on top of each other and share the decoder ("concatenated",
-section 4.2).
+Most methods give a matrix W [n, m] latent rows [n, k] and a decoder: truncated SVD, W = A B, has a linear one, with A
+for the latent rows and B for the decoder; so has a linear autoencoder, whose rows' norms cost nothing, because they go
+into the latent rows. The baselines have forms of their own (:mod:`.baselines`). Matrices of one role may be put on top
+of each other ("concatenated", section 4.2), to share what they can: a decoder, a Kronecker factor, the sides of a
+Tucker decomposition; pruning then ranks the weights of all together.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from lpaf_kernels import weighted_svd
 
 from ..errors import InputError
-from ..models.count import Shape
 from ..models.modules import ModuleGroup
+from ..models.reconstructed import Source
 from .autoencoder import (
     DECODERS,
     AutoencoderOptions,
@@ -31,11 +32,28 @@ from .autoencoder import (
     largest_unit,
     stored_params,
 )
+from .baselines import (
+    BASELINES,
+    kronecker,
+    kronecker_params,
+    kronecker_sizes,
+    prune_l1,
+    sparse_count,
+    sparse_params,
+    tucker,
+    tucker_params,
+    tucker_ranks,
+)
 from .svd import balance
 
-#: methods that work on chosen modules; "autoencoder" on nothing else
-OFFLINE = ("svd", "fwsvd", "autoencoder")
+#: methods that work on chosen modules
+OFFLINE = ("svd", "fwsvd", "autoencoder", *BASELINES)
 FISHER_TRANSFORM = "x^0.5"
+
+#: what stands in for a matrix: it has ``weight()``
+Part = Decoded | Source
+#: (layers that are put together, rows and columns of each)
+Stack = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -88,8 +106,9 @@ class ModulePlan:
         method: one of ``OFFLINE``.
         settings: how.
         seed: of the autoencoder.
-        joint: whether its matrices share a decoder.
-        units: matrix name -> size of a latent row; of a joint group the same for all.
+        joint: whether its matrices are put together.
+        sizes: matrix name -> size of what stands in for it: of a latent row; of the baselines what their functions
+            say. Of a joint group the same for all.
     """
 
     group: ModuleGroup
@@ -97,12 +116,12 @@ class ModulePlan:
     settings: ModuleSettings
     seed: int
     joint: bool
-    units: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def linear(self) -> bool:
         """Whether W is a product of two matrices."""
-        return self.method != "autoencoder" or self.settings.decoder == "linear"
+        return self.method not in BASELINES and (self.method != "autoencoder" or self.settings.decoder == "linear")
 
     @property
     def decoder(self) -> str:
@@ -115,20 +134,49 @@ class ModulePlan:
         return self.settings.keep_norms and not self.linear
 
     @property
-    def stored(self) -> int:
-        """Numbers that stand in for the group's weights."""
+    def stacks(self) -> dict[str, Stack]:
+        """What is compressed at once: label -> its stack."""
         if self.joint:
-            rows, columns = self.group.joint_shape
-            return self._params((rows, columns), next(iter(self.units.values())))
-        return sum(self._params(shape, self.units[name]) for name, shape in self.group.shapes.items())
+            rows, columns = next(iter(self.group.shapes.values()))
+            return {self.group.name: (len(self.group.shapes), rows, columns)}
+        return {name: (1, *shape) for name, shape in self.group.shapes.items()}
 
-    def _params(self, shape: Shape, unit: int) -> int:
-        return stored_params(*shape, unit, self.decoder, self.norms, bias=not self.linear)
+    @property
+    def stored(self) -> int:
+        """Numbers of 4 bytes that stand in for the group's weights, rounded up."""
+        sizes = self.sizes.values()
+        return math.ceil(
+            sum(self.params(stack, size) for stack, size in zip(self.stacks.values(), sizes, strict=False))
+        )
 
     @property
     def ratio(self) -> float:
         """Size before over size after."""
         return self.group.params / self.stored
+
+    def size(self, stack: Stack, budget: float) -> Any:
+        """The largest size whose numbers fit ``budget``; None where none does."""
+        layers, rows, columns = stack
+        if self.method == "prune-l1":
+            count, packed = sparse_count(rows, columns, budget / layers)
+            return [count, packed] if count > 0 else None
+        if self.method == "kronecker":
+            return kronecker_sizes(layers * rows, columns, budget, layers)
+        if self.method == "tucker":
+            return tucker_ranks(layers, rows, columns, budget)
+        unit = largest_unit(layers * rows, columns, budget, self.decoder, self.norms, bias=not self.linear)
+        return (min(unit, layers * rows, columns) if self.linear else unit) or None
+
+    def params(self, stack: Stack, size: Any) -> float:
+        """Numbers of 4 bytes that stand in for a stack."""
+        layers, rows, columns = stack
+        if self.method == "prune-l1":
+            return layers * sparse_params(rows, columns, *size)
+        if self.method == "kronecker":
+            return kronecker_params(size)
+        if self.method == "tucker":
+            return tucker_params(size, layers, rows, columns)
+        return stored_params(layers * rows, columns, size, self.decoder, self.norms, bias=not self.linear)
 
     @property
     def autoencoder(self) -> AutoencoderOptions:
@@ -153,44 +201,45 @@ class ModulePlan:
             "weights": self.group.params,
             "stored": self.stored,
             "ratio": self.ratio,
-            "decoder": self.decoder,
-            "latent": max(self.units.values()),
+            "form": self.method if self.method in BASELINES else f"{self.decoder} decoder",
+            "size": next(iter(self.sizes.values())),
             "joint": self.joint,
             "norms": self.settings.keep_norms,
         }
 
     def to_json(self) -> dict[str, Any]:
         """What decides the numbers that stand in for its matrices, but the matrices and their Fisher information."""
-        decided = {"group": self.group.name, "method": self.method, "joint": self.joint, "units": self.units}
+        decided = {"group": self.group.name, "method": self.method, "joint": self.joint, "sizes": self.sizes}
         if self.method == "autoencoder":
             decided |= {"seed": self.seed, "settings": asdict(self.settings)}
         return decided
 
 
 def plan_module(group: ModuleGroup, method: str, settings: ModuleSettings, seed: int) -> ModulePlan:
-    """The largest latent rows that ``settings.compression_ratio`` leaves a group.
+    """The most that ``settings.compression_ratio`` leaves a group.
 
     Raises:
-        InputError: it leaves less than one number per row, or the matrices cannot be put on top of each other.
+        InputError: it leaves nothing, or the matrices cannot be put on top of each other.
     """
     joint = settings.concatenate and not group.embeds
     if joint and not group.joinable:
-        widths = sorted({columns for _, columns in group.shapes.values()})
-        why = "is one matrix" if len(group.shapes) == 1 else f"has matrices of {', '.join(map(str, widths))} columns"
-        raise InputError(f"--concatenate: {group.name} {why}, which cannot share a decoder; leave it out")
+        shapes = sorted(set(group.shapes.values()))
+        why = "is one matrix" if len(group.shapes) == 1 else f"has matrices of unlike shapes, such as {shapes[:2]}"
+        raise InputError(f"--concatenate: {group.name} {why}, which cannot be put together; leave it out")
     plan = ModulePlan(group, method, settings, seed, joint)
-    shapes = dict.fromkeys(group.shapes, group.joint_shape) if joint else group.shapes
-    for name, (rows, columns) in shapes.items():
-        budget = rows * columns / settings.compression_ratio
-        least = plan._params((rows, columns), 1)
-        unit = largest_unit(rows, columns, budget, plan.decoder, plan.norms, bias=not plan.linear)
-        if unit < 1:
+    for label, stack in plan.stacks.items():
+        layers, rows, columns = stack
+        weights = layers * rows * columns
+        budget = weights / settings.compression_ratio
+        size = plan.size(stack, budget)
+        if size is None:
+            least = next(cost for cost in range(1, weights + 1) if plan.size(stack, cost) is not None)
             raise InputError(
-                f"--compression-ratio {settings.compression_ratio:g}: leaves {group.name} [{rows}, {columns}] "
-                f"{rows * columns} / {settings.compression_ratio:g} = {budget:.0f} numbers, and latent rows of 1 with "
-                f"their decoder already take {least}; pass at most {math.floor(rows * columns / least * 100) / 100:g}"
+                f"--compression-ratio {settings.compression_ratio:g}: leaves {group.name} [{layers * rows}, {columns}] "
+                f"{weights} / {settings.compression_ratio:g} = {budget:.0f} numbers, and the least that can stand in "
+                f"for it takes {least}; pass at most {math.floor(weights / least * 100) / 100:g}"
             )
-        plan.units[name] = min(unit, rows, columns) if plan.linear else unit
+        plan.sizes.update(dict.fromkeys(group.shapes, size) if joint else {label: size})
     return plan
 
 
@@ -199,14 +248,14 @@ def compress_module(
     weights: Mapping[str, torch.Tensor],
     row_weights: Mapping[str, torch.Tensor] | None = None,
     checkpoint: Path | None = None,
-    score: Callable[[dict[str, Decoded]], float] | None = None,
-) -> dict[str, Decoded]:
+    score: Callable[[dict[str, Part]], float] | None = None,
+) -> dict[str, Part]:
     """What stands in for every matrix of a group.
 
     Args:
         weights: matrix name -> [n, m].
         row_weights: matrix name -> weights [n] of its rows in the squared error, mean 1 over what is compressed
-            together. Default: none.
+            together; not for the baselines. Default: none.
         checkpoint: folder that a training continues from. Default: nothing is kept.
         score: what is to fall instead of an autoencoder's loss, such as the model's perplexity.
 
@@ -214,21 +263,29 @@ def compress_module(
         InputError: the training diverged.
     """
     joined = {plan.group.name: list(weights)} if plan.joint else {name: [name] for name in weights}
-    found: dict[str, Decoded] = {}
+    found: dict[str, Part] = {}
     for label, names in joined.items():
+        matrices = [weights[name].float() for name in names]
+        if plan.method in BASELINES:
+            found |= dict(zip(names, _baseline(plan, matrices, plan.sizes[names[0]]), strict=True))
+            continue
         rows = None if row_weights is None else torch.cat([row_weights[name] for name in names])
-        stacked = torch.cat([weights[name].float() for name in names])
-        lengths = [len(weights[name]) for name in names]
-
+        lengths = [len(matrix) for matrix in matrices]
         scored = None if score is None else partial(_score_among, score, dict(found), names, lengths)
-        decoded = _solve(plan, label, stacked, plan.units[names[0]], rows, checkpoint, scored)
+        decoded = _solve(plan, label, torch.cat(matrices), plan.sizes[names[0]], rows, checkpoint, scored)
         found |= _split(decoded, names, lengths)
     return found
 
 
+def _baseline(plan: ModulePlan, matrices: list[torch.Tensor], size: Any) -> list[Source]:
+    if plan.method == "prune-l1":
+        return prune_l1(matrices, [tuple(size)] * len(matrices), plan.joint)
+    return (kronecker if plan.method == "kronecker" else tucker)(matrices, tuple(size))
+
+
 def _score_among(
-    score: Callable[[dict[str, Decoded]], float],
-    before: dict[str, Decoded],
+    score: Callable[[dict[str, Part]], float],
+    before: dict[str, Part],
     names: list[str],
     lengths: list[int],
     decoded: Decoded,
@@ -277,42 +334,7 @@ def _split(decoded: Decoded, names: list[str], lengths: list[int]) -> dict[str, 
     }
 
 
-def module_tensors(plan: ModulePlan, decoded: Mapping[str, Decoded]) -> dict[str, torch.Tensor]:
-    """``decoded`` as named tensors, a shared decoder once; :func:`module_decoded` reads them."""
-    tensors = {}
-    for name, one in decoded.items():
-        tensors[f"latent/{name}"] = one.latent
-        if one.norms is not None:
-            tensors[f"norms/{name}"] = one.norms
-        tensors[f"losses/{name}"] = torch.tensor(one.losses, dtype=torch.float64)
-        if plan.joint and f"weight/{plan.group.name}/0" in tensors:
-            continue
-        label = plan.group.name if plan.joint else name
-        for index, (weight, bias) in enumerate(one.layers):
-            tensors[f"weight/{label}/{index}"] = weight
-            if bias is not None:
-                tensors[f"bias/{label}/{index}"] = bias
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def module_decoded(plan: ModulePlan, tensors: Mapping[str, torch.Tensor]) -> dict[str, Decoded]:
-    """What :func:`module_tensors` was given, on the CPU."""
-    decoders: dict[str, list] = {}
-
-    def decoder(label: str) -> list:
-        if label not in decoders:
-            count = 1 + len(DECODERS[plan.decoder][0])
-            decoders[label] = [
-                (tensors[f"weight/{label}/{index}"], tensors.get(f"bias/{label}/{index}")) for index in range(count)
-            ]
-        return decoders[label]
-
-    return {
-        name: Decoded(
-            tensors[f"latent/{name}"],
-            decoder(plan.group.name if plan.joint else name),
-            tensors.get(f"norms/{name}"),
-            tensors[f"losses/{name}"].tolist(),
-        )
-        for name in plan.group.shapes
-    }
+@torch.no_grad()
+def relative_error(weight: torch.Tensor, other: torch.Tensor) -> float:
+    """|W - W'|_F / |W|_F; 0 for a matrix of zeros."""
+    return float((weight - other.to(weight)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))

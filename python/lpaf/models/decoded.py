@@ -6,11 +6,14 @@ A description is the entry that the configuration has for a module:
 * ``{"shared": NAME}``: a ``SharedLowRankLinear`` that has its ``down`` from module NAME;
 * ``{"latent", "hidden", "bias", "norms"}``: a ``DecodedEmbedding`` or ``DecodedLinear``, or with ``"shared": NAME`` a
   ``DecodedLinear`` that has its decoder from module NAME;
+* ``{"sparse"}``, ``{"kronecker"}``, ``{"tucker"}``, the last two also with ``"shared": NAME``: a
+  ``ReconstructedEmbedding`` or ``ReconstructedLinear`` of that source;
 * ``{"tied": NAME}``: the output layer that decodes the embeddings of module NAME.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,49 +23,89 @@ from torch import nn
 from lpaf_kernels import DecodedEmbedding, DecodedLinear, DecodedOutput, LowRankSparseLinear, SharedLowRankLinear
 
 from .conv1d import features
-from .modules import ModuleGroup
+from .reconstructed import RECONSTRUCTED, SOURCES, ReconstructedEmbedding, ReconstructedLinear, Source, make_source
 
 Entry = dict[str, Any]
 #: what stands in for linears and embeddings
 DECODED = (DecodedEmbedding, DecodedLinear)
 #: what stands in for linears, and stores other numbers than their weights
-STORED = (LowRankSparseLinear, DecodedLinear)
+STORED = (LowRankSparseLinear, DecodedLinear, ReconstructedLinear)
 
 
-def put_in(model: nn.Module, group: ModuleGroup, decoded: Mapping[str, Any], joint: bool) -> None:
-    """Replace the matrices of a group by what stands in for them, in place.
+def build_layers(model: nn.Module, parts: Mapping[str, Any], joint: bool) -> dict[str, nn.Module]:
+    """The layers that are to take the places of dense ones; ``model`` stays as it is.
 
     Args:
-        decoded: module name -> ``latent`` [n, k], ``layers`` and ``norms`` [n] or None, as
-            :class:`~lpaf.factorize.autoencoder.Decoded` has them.
+        parts: module name -> what stands in for its weight: a :class:`~.reconstructed.Source`, or ``latent`` [n, k],
+            ``layers`` and ``norms`` [n] or None, as :class:`~lpaf.factorize.autoencoder.Decoded` has them.
         joint: whether the first matrix stores the decoder of all.
     """
-    owner = None
-    for name, one in decoded.items():
+    layers: dict[str, nn.Module] = {}
+    for name, part in parts.items():
         dense = model.get_submodule(name)
-        like = dense.weight
-        latent = one.latent.to(like)
-        layers = [(weight.to(like), None if bias is None else bias.to(like)) for weight, bias in one.layers]
-        norms = None if one.norms is None else one.norms.to(like)
-        if group.embeds:
-            layer = DecodedEmbedding.from_parts(latent, layers, norms, dense.padding_idx)
-            replace_embeddings(model, name, layer)
-            continue
-        if len(layers) == 1 and norms is None and layers[0][1] is None:
-            if owner is not None:
-                layer = SharedLowRankLinear.of(owner, latent, dense.bias)
-            else:
-                layer = LowRankSparseLinear.from_factors(latent, layers[0][0], dense.bias)
-        elif owner is not None:
-            layer = DecodedLinear.from_parts(latent, owner, norms, dense.bias)
+        owner = next(iter(layers.values()), None) if joint else None
+        if isinstance(part, Source):
+            embeds = isinstance(dense, nn.Embedding)
+            source = part.to(dense.weight)
+            layers[name] = (
+                ReconstructedEmbedding(source, dense.padding_idx) if embeds else ReconstructedLinear(source, dense.bias)
+            )
         else:
-            layer = DecodedLinear.from_parts(latent, layers, norms, dense.bias)
-        if joint and owner is None:
-            owner = layer
-        model.set_submodule(name, layer.train(dense.training))
+            layers[name] = _decoded_layer(part, dense, owner)
+    return layers
 
 
-def replace_embeddings(model: nn.Module, name: str, embedding: DecodedEmbedding) -> None:
+def _decoded_layer(part: Any, dense: nn.Module, owner: nn.Module | None) -> nn.Module:
+    like = dense.weight
+    latent = part.latent.to(like)
+    decoder = [(weight.to(like), None if bias is None else bias.to(like)) for weight, bias in part.layers]
+    norms = None if part.norms is None else part.norms.to(like)
+    if isinstance(dense, nn.Embedding):
+        return DecodedEmbedding.from_parts(latent, decoder, norms, dense.padding_idx)
+    if isinstance(owner, LowRankSparseLinear):
+        return SharedLowRankLinear.of(owner, latent, dense.bias)
+    if len(decoder) == 1 and norms is None and decoder[0][1] is None:
+        return LowRankSparseLinear.from_factors(latent, decoder[0][0], dense.bias)
+    return DecodedLinear.from_parts(latent, decoder if owner is None else owner, norms, dense.bias)
+
+
+def install(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put ``layers`` in the places of dense ones, in place."""
+    for name, layer in layers.items():
+        dense = model.get_submodule(name)
+        if isinstance(dense, nn.Embedding):
+            replace_embeddings(model, name, layer)
+        else:
+            model.set_submodule(name, layer.train(dense.training))
+
+
+def remake(model: nn.Module, entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
+    """The layers of descriptions, with the values that ``layer_tensors`` read.
+
+    Args:
+        entries: module name -> description.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: depends(item[1])):
+        layer = make(entry, model.get_submodule(name), layers.get(entry.get("shared")))
+        prefix = f"{name}/"
+        layer.load_state_dict(
+            {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        )
+        layers[name] = layer
+    return {name: layers[name] for name in entries}
+
+
+def layer_tensors(layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Everything that ``layers`` store, by "module name/tensor name", on the CPU."""
+    return {
+        f"{name}/{key}": tensor.detach().cpu().clone()
+        for name, layer in layers.items()
+        for key, tensor in layer.state_dict().items()
+    }
+
+
+def replace_embeddings(model: nn.Module, name: str, embedding: nn.Module) -> None:
     """Put ``embedding`` in place of the token embeddings ``name``, and an output layer that decodes it in place of one
     that was tied to them."""
     dense = model.get_submodule(name)
@@ -79,7 +122,7 @@ def output_layer(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is output), None) if output else None
 
 
-def tie_output(model: nn.Module, name: str, embedding: DecodedEmbedding) -> None:
+def tie_output(model: nn.Module, name: str, embedding: nn.Module) -> None:
     """Let the output layer ``name`` decode ``embedding``; transformers is to tie its weight no more, as it has none."""
     output = model.get_submodule(name)
     tied = DecodedOutput(embedding, output.bias)
@@ -90,10 +133,10 @@ def tie_output(model: nn.Module, name: str, embedding: DecodedEmbedding) -> None
             setattr(model, attribute, {target: source for target, source in keys.items() if target != f"{name}.weight"})
 
 
-def describe(model: nn.Module, relative: Mapping[nn.Module, str]) -> dict[str, Entry]:
-    """Descriptions of all layers of ``model`` that stand in for dense ones, by their names in ``relative``."""
-    entries = {module: _entry(module, relative) for module in model.modules()}
-    return {relative[module]: entry for module, entry in entries.items() if entry is not None}
+def describe(names: Mapping[nn.Module, str]) -> dict[str, Entry]:
+    """Descriptions of all those layers that stand in for dense ones, by their names."""
+    entries = {name: _entry(module, names) for module, name in names.items()}
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def _entry(module: nn.Module, names: Mapping[nn.Module, str]) -> Entry | None:
@@ -103,6 +146,9 @@ def _entry(module: nn.Module, names: Mapping[nn.Module, str]) -> Entry | None:
         return {"rank": module.rank, "kept": module.kept.numel()}
     if isinstance(module, DecodedOutput):
         return {"tied": names[module.embedding]}
+    if isinstance(module, RECONSTRUCTED):
+        owner = next((names[other] for other in names if getattr(other, "source", None) is module.source.owner), None)
+        return module.source.describe() | ({} if module.source.owner is None else {"shared": owner})
     if isinstance(module, DecodedLinear) and module.owner is not None:
         return {"shared": names[module.owner], "norms": module.norms is not None}
     if isinstance(module, DECODED):
@@ -129,6 +175,11 @@ def make(entry: Entry, dense: nn.Module, owner: nn.Module | None) -> nn.Module:
     if "rank" in entry:
         bias = dense.bias is not None
         return LowRankSparseLinear(*features(dense), rank=entry["rank"], kept=entry.get("kept", 0), bias=bias, **like)
+    if not entry.keys().isdisjoint(SOURCES):
+        source = make_source(entry, None if owner is None else owner.source, **like)
+        if isinstance(dense, nn.Embedding):
+            return ReconstructedEmbedding(source, dense.padding_idx)
+        return ReconstructedLinear(source, dense.bias)
     if isinstance(dense, nn.Embedding):
         return DecodedEmbedding(*dense.weight.shape, *_sizes(entry), padding_idx=dense.padding_idx, **like)
     inputs, outputs = features(dense)
@@ -152,7 +203,12 @@ def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def stored_params(module: nn.Module) -> int:
-    """Numbers that a layer stores in place of a dense weight: all but a linear's bias; what it shares counts with its
-    owner."""
+    """Numbers of 4 bytes that a layer stores in place of a dense weight, rounded up: all but a linear's bias; what it
+    shares counts with its owner. Values count as such whatever their dtype, places by their bytes."""
     tensors: dict[str, torch.Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
-    return sum(tensor.numel() for name, tensor in tensors.items() if name != "bias")
+    counted = (
+        tensor.numel() * (1 if tensor.is_floating_point() else tensor.element_size() / 4)
+        for name, tensor in tensors.items()
+        if name != "bias"
+    )
+    return math.ceil(sum(counted))

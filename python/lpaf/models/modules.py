@@ -42,15 +42,9 @@ class ModuleGroup:
         return sum(rows * columns for rows, columns in self.shapes.values())
 
     @property
-    def joint_shape(self) -> Shape:
-        """Shape of all matrices on top of each other; ValueError if they are not of one width."""
-        (columns,) = {columns for _, columns in self.shapes.values()}
-        return sum(rows for rows, _ in self.shapes.values()), columns
-
-    @property
     def joinable(self) -> bool:
-        """Whether there are several matrices, of one width."""
-        return len(self.shapes) > 1 and len({columns for _, columns in self.shapes.values()}) == 1
+        """Whether there are several matrices, of one shape."""
+        return len(self.shapes) > 1 and len(set(self.shapes.values())) == 1
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Module name -> its weight, detached."""

@@ -115,7 +115,7 @@ def compression_config(model: nn.Module, method: str | None) -> CompressionConfi
     for name, module in model.named_modules():
         if isinstance(module, LowRankPlusSparseLinear):
             raise InputError(f"model: {name} still has a dense S; detach the pruner, then save")
-    modules = describe(model, {module: base_name(model, name) for name, module in model.named_modules()})
+    modules = describe({module: base_name(model, name) for name, module in model.named_modules()})
     layers = {base_name(model, name): list(sizes) for name, sizes in removed_sizes(model).items()}
     return CompressionConfig(modules=modules, method=method, layers=layers)
 

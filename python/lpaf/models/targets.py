@@ -16,6 +16,7 @@ from torch import nn
 from lpaf_kernels import DecodedLinear, LowRankPlusSparseLinear, LowRankSparseLinear, MaskedLinear, MixedRankLinear
 
 from ..errors import InputError
+from .reconstructed import ReconstructedLinear
 
 _BERT = {
     "query": "attention.self.query",
@@ -121,7 +122,13 @@ LAYER_LINEARS: dict[str, dict[str, str]] = {
 }
 
 LAYER_NAME = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-COMPRESSED_TYPES = (LowRankSparseLinear, LowRankPlusSparseLinear, MixedRankLinear, DecodedLinear)
+COMPRESSED_TYPES = (
+    LowRankSparseLinear,
+    LowRankPlusSparseLinear,
+    MixedRankLinear,
+    DecodedLinear,
+    ReconstructedLinear,
+)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,10 @@ from ..factorize import (
     rank_params,
     weighted_spectra,
 )
-from ..factorize.autoencoder import Decoded
-from ..factorize.offline import ModulePlan, compress_module, module_decoded, module_tensors
+from ..factorize.offline import ModulePlan, Part, compress_module, relative_error
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
-from ..models.decoded import put_in
+from ..models.decoded import build_layers, describe, install, layer_tensors, remake
 from ..models.t5 import leave_out_casts
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
@@ -106,8 +105,6 @@ class Compression:
         #: the dense model, where it runs beside the student because its logits are too many to be kept
         self.teacher: nn.Module | None = None
         self.findings = Findings(data.spec)
-        #: group that --modules names -> what became of it
-        self.compressed_modules: dict[str, dict[str, Any]] | None = None
 
     def tokenize(self, examples: Dataset) -> Dataset:
         """Token ids of a split."""
@@ -381,18 +378,18 @@ class Compression:
 
     def compress_modules(self, model: nn.Module) -> Factorized:
         """Put what stands in for them in place of the matrices that ``--modules`` names, in ``model`` itself."""
-        errors, weights, self.compressed_modules = {}, {}, {}
+        errors, weights = {}, {}
         for plan in self.prepared.modules:
+            name = plan.group.name
             before = plan.group.weights(model)
-            decoded = module_decoded(plan, self.once(f"module-{plan.group.name}", partial(self.solve, plan, model)))
-            errors |= {name: one.relative_error(before[name]) for name, one in decoded.items()}
+            tensors = self.once(f"module-{name}", partial(self.solve, plan, model))
+            found = self.findings.modules[name]
+            install(model, remake(model, found.pop("entries"), tensors))
+            found["seconds"] = round(self.findings.seconds[f"module {name}"], 2)
+            errors |= found["errors"]
             weights |= before
-            put_in(model, plan.group, decoded, plan.joint)
-            self.compressed_modules[plan.group.name] = plan.record() | {
-                "error": sum(errors[name] for name in before) / len(before),
-                "seconds": round(self.findings.seconds[f"module {plan.group.name}"], 2),
-            }
-            say(f"{plan.group.name}: {plan.ratio:.2f}x smaller, relative error {errors[next(iter(before))]:.3f}")
+            mean = sum(found["errors"].values()) / len(before)
+            say(f"{name}: {plan.ratio:.2f}x smaller, relative error {mean:.3f}")
         if self.options.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         self.evaluate("factorized", model)
@@ -404,18 +401,25 @@ class Compression:
         label = f"module {plan.group.name}"
         kept = self.workspace.stage(label.replace(" ", "-")) if self.options.checkpoint_steps else None
         score = partial(self.score_modules, plan, model) if self.options.stop_on == "metric" else None
-        with self.findings.timed(label):
-            return from_main(
-                lambda: module_tensors(plan, compress_module(plan, plan.group.weights(model), None, kept, score))
-            )
 
-    def score_modules(self, plan: ModulePlan, model: nn.Module, decoded: Mapping[str, Decoded]) -> float:
+        def work() -> tuple[Tensors, dict[str, Any]]:
+            weights = plan.group.weights(model)
+            layers = build_layers(model, compress_module(plan, weights, None, kept, score), plan.joint)
+            entries = describe({layer: name for name, layer in layers.items()})
+            errors = {name: relative_error(weights[name], layer.weight) for name, layer in layers.items()}
+            return layer_tensors(layers), plan.record() | {"errors": errors, "entries": entries}
+
+        with self.findings.timed(label):
+            tensors, self.findings.modules[plan.group.name] = from_main(work)
+        return tensors
+
+    def score_modules(self, plan: ModulePlan, model: nn.Module, parts: Mapping[str, Part]) -> float:
         """The metric of ``model`` on the main validation split, the less the better, with what stands in for some of a
         group's matrices."""
         before = {name: weight.clone() for name, weight in plan.group.weights(model).items()}
         with torch.no_grad():
-            for name, one in decoded.items():
-                model.get_submodule(name).weight.copy_(one.weight())
+            for name, part in parts.items():
+                model.get_submodule(name).weight.copy_(part.weight())
             metric = self.validation_metric(model)
             for name, weight in before.items():
                 model.get_submodule(name).weight.copy_(weight)
@@ -511,7 +515,6 @@ class Compression:
                 scores,
                 others,
                 self.calibrated,
-                self.compressed_modules,
             )
             self.publish(model, report, analysis)
             return report

@@ -183,6 +183,14 @@ METHODS = {
             factorizer=None,
             modules_only=True,
         ),
+        *(
+            Method(name, f"offline: {summary}", pruner=None, factorizer=None, modules_only=True)
+            for name, summary in (
+                ("prune-l1", "the largest weights of chosen matrices, and where they stand"),
+                ("kronecker", "the nearest Kronecker product to each of them"),
+                ("tucker", "their Tucker decomposition, of all layers at once with --concatenate"),
+            )
+        ),
         Method(
             "truncate",
             "the first layers of the fine-tuned model, retrained without a teacher",

@@ -12,6 +12,7 @@ import tomllib
 from torch import nn
 
 from ..errors import InputError
+from ..factorize.baselines import check_baseline
 from ..factorize.offline import OFFLINE, ModulePlan, ModuleSettings, plan_module
 from ..models.modules import module_groups
 from .options import MODULE_OPTIONS, CompressOptions, flag, given_flags
@@ -50,6 +51,7 @@ def check_modules(options: CompressOptions, modules_only: bool) -> None:
         raise InputError(
             f"--modules: --method {options.method} has no use for it; pass --method {' or '.join(OFFLINE)}"
         )
+    check_baseline(options.method)
     for name in given_flags(options, _SIZES):
         raise InputError(f"{name}: is the size of the whole encoder; with --modules pass --compression-ratio CR")
     if options.compression_ratio is None and options.module_settings is None:

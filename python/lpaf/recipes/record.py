@@ -40,6 +40,8 @@ class Findings:
         #: training stage -> what it logged
         self.history: dict[str, list[dict[str, float]]] = {}
         self.seconds: dict[str, float] = {}
+        #: group that ``--modules`` names -> what became of it
+        self.modules: dict[str, dict[str, Any]] = {}
         #: "stage.split" -> score of every example, float32 [N]
         self.examples: dict[str, torch.Tensor] = {}
 
@@ -72,7 +74,7 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """All but ``examples``, which are tensors."""
-        return {"details": self.details, "history": self.history, "seconds": self.seconds}
+        return {"details": self.details, "history": self.history, "seconds": self.seconds, "modules": self.modules}
 
     def restore(self, record: Mapping[str, Any], examples: Mapping[str, torch.Tensor]) -> None:
         """Add what :meth:`to_json` gave an earlier run, and its examples."""
@@ -92,7 +94,6 @@ def run_record(
     scores: Mapping[str, torch.Tensor] | None,
     controls: Mapping[str, nn.Module],
     calibrated: Mapping[str, Any] | None = None,
-    modules: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """report.json's content and the tensors behind its pictures.
 
@@ -104,7 +105,6 @@ def run_record(
         scores: what the pruner returned.
         controls: further models made for comparison.
         calibrated: what ``input_moments`` recorded.
-        modules: what became of those that ``--modules`` names.
     """
     options, spec = prepared.options, prepared.data.spec
     pruner = prepared.method.pruner
@@ -161,7 +161,7 @@ def run_record(
         },
         "rank": ranks,
         "calibration": calibrated,
-        "modules": modules,
+        "modules": findings.modules or None,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),

@@ -32,6 +32,9 @@ METHODS = {
     "low-rank-1": "truncated singular value decomposition, every matrix at the same share, then fine-tuning",
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing, then fine-tuning",
     "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, then fine-tuning",
+    "prune-l1": "offline: the largest weights of chosen matrices, then fine-tuning",
+    "kronecker": "offline: Kronecker products in place of chosen matrices, then fine-tuning",
+    "tucker": "offline: Tucker decompositions in place of chosen matrices, then fine-tuning",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
     "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
@@ -46,6 +49,9 @@ WITHOUT_RETRAINING = {
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi)",
     "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, without training",
+    "prune-l1": "offline: the largest weights of chosen matrices, without training",
+    "kronecker": "offline: Kronecker products in place of chosen matrices, without training",
+    "tucker": "offline: Tucker decompositions in place of chosen matrices, without training",
     "truncate": "the first layers of the model as they are",
     "kd": "the first layers of the model as they are",
 }
@@ -53,6 +59,9 @@ TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
     "autoencoder": ("low-rank", "autoencoder"),
+    "prune-l1": ("pruning",),
+    "kronecker": ("kronecker",),
+    "tucker": ("tucker",),
     "truncate": ("truncated",),
     "losparse": ("low-rank", "pruning", "structured-pruning"),
     "itp": ("pruning", "structured-pruning"),
@@ -132,13 +141,16 @@ def calibration_lines(report: Mapping[str, Any]) -> list[str]:
 
 def module_lines(report: Mapping[str, Any]) -> list[str]:
     """What became of the modules that were compressed alone."""
-    return [
-        f"- Module {_code(name)}: {format_count(found['weights'])} weights in {format_count(found['stored'])} numbers, "
-        f"{format_factor(found['ratio'])} smaller ({found['decoder']} decoder, latent rows of {found['latent']}"
-        f"{', shared by all layers' if found['joint'] else ''}); relative error {found['error']:.3f}; "
-        f"{format_seconds(found['seconds'])}"
-        for name, found in (report.get("modules") or {}).items()
-    ]
+    lines = []
+    for name, found in (report.get("modules") or {}).items():
+        errors = found["errors"].values()
+        together = ", all layers together" if found["joint"] else ""
+        lines.append(
+            f"- Module {_code(name)}: {format_count(found['weights'])} weights in {format_count(found['stored'])} "
+            f"numbers, {format_factor(found['ratio'])} smaller ({found['form']}{together}); mean relative error "
+            f"{sum(errors) / len(errors):.3f}; {format_seconds(found['seconds'])}"
+        )
+    return lines
 
 
 def render_card(report: Mapping[str, Any]) -> str:
