@@ -44,6 +44,7 @@ from .baselines import (
     tucker_params,
     tucker_ranks,
 )
+from .fisher import FISHER_TRANSFORMS, fisher_row_weights, transform_fisher
 from .svd import balance
 
 #: methods that work on chosen modules
@@ -88,6 +89,10 @@ class ModuleSettings:
             raise InputError(f"--compression-ratio {self.compression_ratio:g}: must be above 1")
         if self.decoder not in DECODERS:
             raise InputError(f"--decoder {self.decoder}: expected one of {', '.join(DECODERS)}")
+        if self.fisher_transform not in FISHER_TRANSFORMS:
+            raise InputError(
+                f"--fisher-transform {self.fisher_transform}: expected one of {', '.join(FISHER_TRANSFORMS)}"
+            )
         if not 0.0 <= self.cosine <= 1.0:
             raise InputError(f"--cosine {self.cosine:g}: must be in [0, 1]")
         if not (math.isfinite(self.module_lr) and self.module_lr > 0):
@@ -246,7 +251,7 @@ def plan_module(group: ModuleGroup, method: str, settings: ModuleSettings, seed:
 def compress_module(
     plan: ModulePlan,
     weights: Mapping[str, torch.Tensor],
-    row_weights: Mapping[str, torch.Tensor] | None = None,
+    fisher: Mapping[str, torch.Tensor] | None = None,
     checkpoint: Path | None = None,
     score: Callable[[dict[str, Part]], float] | None = None,
 ) -> dict[str, Part]:
@@ -254,8 +259,8 @@ def compress_module(
 
     Args:
         weights: matrix name -> [n, m].
-        row_weights: matrix name -> weights [n] of its rows in the squared error, mean 1 over what is compressed
-            together; not for the baselines. Default: none.
+        fisher: matrix name -> Fisher information of its rows [n], by which they are weighted; not for the baselines.
+            Default: rows count alike.
         checkpoint: folder that a training continues from. Default: nothing is kept.
         score: what is to fall instead of an autoencoder's loss, such as the model's perplexity.
 
@@ -269,7 +274,7 @@ def compress_module(
         if plan.method in BASELINES:
             found |= dict(zip(names, _baseline(plan, matrices, plan.sizes[names[0]]), strict=True))
             continue
-        rows = None if row_weights is None else torch.cat([row_weights[name] for name in names])
+        rows = None if fisher is None else torch.cat([fisher[name] for name in names])
         lengths = [len(matrix) for matrix in matrices]
         scored = None if score is None else partial(_score_among, score, dict(found), names, lengths)
         decoded = _solve(plan, label, torch.cat(matrices), plan.sizes[names[0]], rows, checkpoint, scored)
@@ -298,13 +303,16 @@ def _solve(
     label: str,
     weight: torch.Tensor,
     unit: int,
-    row_weights: torch.Tensor | None,
+    fisher: torch.Tensor | None,
     checkpoint: Path | None,
     score: Callable[[Decoded], float] | None,
 ) -> Decoded:
     if plan.method != "autoencoder":
-        a, b = balance(*weighted_svd(weight, unit, None if row_weights is None else row_weights.sqrt()))
+        a, b = balance(*weighted_svd(weight, unit, None if fisher is None else fisher_row_weights(fisher)))
         return Decoded(a, [(b, None)], None)
+    row_weights = None
+    if fisher is not None:
+        row_weights = transform_fisher(fisher, plan.settings.fisher_transform).to(weight)
     file = None if checkpoint is None else checkpoint / f"{label}.pt"
     training = AutoencoderTraining(weight, unit, plan.autoencoder, row_weights, file, score, label)
     try:

@@ -48,7 +48,8 @@ from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
 from .calibrate import calibration_fingerprint, choose, input_moments
 from .fingerprints import weights_fingerprint
-from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
+from .fisher import SAMPLES, fisher_fingerprint, row_fisher, save_fisher
+from .options import COMPUTE, INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
 from .pruning import make_pruner, score_init, score_lr
 from .record import Findings, run_record
@@ -84,7 +85,7 @@ class Compression:
         processes = process_place()[1]
         settings = options.to_dict(without=RUN_OPTIONS) | self.sources
         settings |= {"processes": processes, "force": options.forced}
-        settings |= {"calibration_data": calibration_fingerprint(options)}
+        settings |= {"calibration_data": calibration_fingerprint(options), "fisher_data": fisher_fingerprint(options)}
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -224,13 +225,18 @@ class Compression:
             if self.options.stop_on == "metric":  # seen beside the groups that came before
                 before = list(plans)[: list(plans).index(name)]
                 settings |= {"stop_on": "metric", "before": [plans[other] for other in before]}
-            settings |= {"plan": plans[name]}
+            settings |= {"plan": plans[name], "fisher": None}
+            if self.prepared.method.weighs_by_fisher(self.options):
+                samples = None if self.options.fisher_file else self.options.fisher_samples or SAMPLES
+                settings |= {"fisher": fisher_fingerprint(self.options) or COMPUTE, "fisher_samples": samples}
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
             if PRUNERS[method.pruner].structured:
                 settings |= {"ratio": self.options.ratio}
             if self.prepared.neurons is not None:
                 settings |= {"ranks": self.prepared.neurons.ranks, "keep": self.prepared.neurons.keep}
+        if kind == "fisher":
+            settings |= {"fisher_samples": self.options.fisher_samples or SAMPLES}
         return stage_key(settings)
 
     # stages ---------------------------------------------------------------------------------------------------------
@@ -339,6 +345,31 @@ class Compression:
                 self.moments, found = input_moments(model, self.calibration, prepared.tokenizer, problem)
             self.calibrated = {"source": self.options.calibration, **found}
 
+    def fisher(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The Fisher information of the rows of ``model``'s encoder matrices and token embeddings, given or computed:
+        name -> row sums [n]."""
+        prepared, options = self.prepared, self.options
+        if prepared.fisher is not None:
+            rows, record = prepared.fisher
+            self.findings.fisher = {"source": options.fisher, **record}
+            if record.get("model") not in (None, self.sources["weights"]):
+                say(f"--fisher {options.fisher}: was computed with another --model")
+        else:
+
+            def work() -> Tensors:
+                chosen = sampled(self.train, options.fisher_samples or SAMPLES, options.seed)
+                with self.findings.timed("fisher"):
+                    rows, found = row_fisher(model, chosen, prepared.tokenizer, prepared.data.spec.problem)
+                origin = {"task": options.task, "model": self.sources["weights"]}
+                self.findings.fisher = {"source": COMPUTE, **found, **origin}
+                return rows
+
+            rows = self.once("fisher", work)
+            if options.save_fisher is not None:
+                record = {name: value for name, value in self.findings.fisher.items() if name != "source"}
+                from_main(lambda: save_fisher(Path(options.save_fisher), rows, record))
+        return {name: values.to(prepared.device) for name, values in rows.items()}
+
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
         prepared, shapes = self.prepared, matrix_shapes(model)
@@ -376,13 +407,17 @@ class Compression:
         self.evaluate(stage, model)
         return factorized
 
-    def compress_modules(self, model: nn.Module) -> Factorized:
-        """Put what stands in for them in place of the matrices that ``--modules`` names, in ``model`` itself."""
+    def compress_modules(self, model: nn.Module, fisher: Mapping[str, torch.Tensor] | None) -> Factorized:
+        """Put what stands in for them in place of the matrices that ``--modules`` names, in ``model`` itself.
+
+        Args:
+            fisher: matrix name -> Fisher information of its rows, if it weighs them.
+        """
         errors, weights = {}, {}
         for plan in self.prepared.modules:
             name = plan.group.name
             before = plan.group.weights(model)
-            tensors = self.once(f"module-{name}", partial(self.solve, plan, model))
+            tensors = self.once(f"module-{name}", partial(self.solve, plan, model, fisher))
             found = self.findings.modules[name]
             install(model, remake(model, found.pop("entries"), tensors))
             found["seconds"] = round(self.findings.seconds[f"module {name}"], 2)
@@ -396,7 +431,7 @@ class Compression:
         linears = encoder_linears(model)
         return Factorized(*({name: of[name] for name in of if name in linears} for of in (errors, weights)))
 
-    def solve(self, plan: ModulePlan, model: nn.Module) -> Tensors:
+    def solve(self, plan: ModulePlan, model: nn.Module, fisher: Mapping[str, torch.Tensor] | None) -> Tensors:
         """What stands in for the matrices of one group of ``model``."""
         label = f"module {plan.group.name}"
         kept = self.workspace.stage(label.replace(" ", "-")) if self.options.checkpoint_steps else None
@@ -404,7 +439,7 @@ class Compression:
 
         def work() -> tuple[Tensors, dict[str, Any]]:
             weights = plan.group.weights(model)
-            layers = build_layers(model, compress_module(plan, weights, None, kept, score), plan.joint)
+            layers = build_layers(model, compress_module(plan, weights, fisher, kept, score), plan.joint)
             entries = describe({layer: name for name, layer in layers.items()})
             errors = {name: relative_error(weights[name], layer.weight) for name, layer in layers.items()}
             return layer_tensors(layers), plan.record() | {"errors": errors, "entries": entries}
@@ -485,21 +520,23 @@ class Compression:
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
         self.calibrate(sparse)
+        weighs = self.prepared.method.weighs_by_fisher(self.options)
+        information = self.fisher(sparse) if weighs else scores
         if self.prepared.method.compact:
             model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set, before="pruned")
         elif self.prepared.modules is not None:
-            factorized = self.compress_modules(sparse)
+            factorized = self.compress_modules(sparse, information)
             model, factorized = self.retrained(sparse, factorized, train_set, before="factorized")
         elif self.prepared.layers is not None:
             model, factorized = self.retrained(*self.truncate(sparse), train_set, before="factorized")
         else:
-            ranks = self.ranks(sparse, scores)
+            ranks = self.ranks(sparse, information)
             if self.mixed_rank_p is None:
                 ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
                 self.mixed_rank_p = default_mixed_rank_p(ratio)
-            model, factorized = self.shrink(sparse, scores, train_set, ranks)
+            model, factorized = self.shrink(sparse, information, train_set, ranks)
         others = {
-            name: self.shrink(sparse, scores, train_set, dict.fromkeys(matrix_shapes(sparse), rank), f"-{name}")[0]
+            name: self.shrink(sparse, information, train_set, dict.fromkeys(matrix_shapes(sparse), rank), f"-{name}")[0]
             for name, rank in (controls or {}).items()
         }
 

@@ -27,6 +27,7 @@ AUTOENCODER_OPTIONS = (
     "module_batch",
     "module_patience",
     "stop_on",
+    "fisher_transform",
 )
 #: options of whole encoders
 _SIZES = ("rank", "ratio", "rank_error", "force")
@@ -60,6 +61,11 @@ def check_modules(options: CompressOptions, modules_only: bool) -> None:
         raise InputError(f"--calibration {options.calibration}: is for whole encoders, not for --modules")
     for name in given_flags(options, ("prune_epochs", "prune")):
         raise InputError(f"{name}: is for pruning, which --modules leaves out")
+    if options.fisher_transform is not None and options.fisher is None and options.method == "autoencoder":
+        raise InputError(
+            f"--fisher-transform {options.fisher_transform}: there is nothing to transform; pass --fisher FILE or "
+            "compute as well"
+        )
     if options.method != "autoencoder":
         for name in given_flags(options, AUTOENCODER_OPTIONS):
             raise InputError(f"{name}: is for --method autoencoder, not for --method {options.method}")
