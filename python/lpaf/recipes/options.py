@@ -108,7 +108,7 @@ class CompressOptions:
     )
     fisher_transform: str | None = option(
         None,
-        "autoencoder: what of the rows' Fisher information x weighs them in its loss: x^0.1, x^0.5 (default), x^0.9, x^2, "
+        "autoencoder: how the rows' Fisher information x weighs them in its loss: x^0.1, x^0.5 (default), x^0.9, x^2, "
         "log, log+10, raw",
         "modules",
         choices=FISHER_TRANSFORMS,
