@@ -199,7 +199,7 @@ def test_norms_of_a_linear_decoder_go_into_the_latent_rows():
 
 def test_a_ratio_that_leaves_nothing_is_refused_with_the_arithmetic():
     (group,) = module_groups(build("bert"), ["key"])
-    with pytest.raises(ValueError, match=r"leaves key \[32, 32\] 1024 / 40 = 26 numbers.*already take 64.*at most 16$"):
+    with pytest.raises(ValueError, match=r"leaves key \[32, 32\] 1024 / 40 = 26 numbers.*takes 64; pass at most 16$"):
         plan_module(group, "svd", ModuleSettings(40.0), seed=0)
 
 
@@ -336,7 +336,7 @@ def test_settings_of_single_modules(tiny_options, tmp_path):
     _, report = compress(asked)
     found = report["modules"]
     assert found["embeddings"]["ratio"] >= 5
-    assert found["embeddings"]["decoder"] == "mlp1"
+    assert found["embeddings"]["form"] == "mlp1 decoder"
     assert found["key"]["joint"]
     assert not found["output-dense"]["joint"]
     assert found["output-dense"]["ratio"] < 4
