@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import lpaf_kernels
+from lpaf.cli import main
 from lpaf.errors import InputError
 from lpaf.factorize.autoencoder import Decoded
 from lpaf.factorize.baselines import kronecker, tucker
@@ -302,6 +303,18 @@ def test_a_run_reloads_bit_for_bit(tiny_options, method):
     assert all(each["ratio"] >= 3 for each in found.values())
     card = (Path(tiny_options["output"]) / "README.md").read_text()
     assert "Module `embeddings`" in card
+
+
+def test_embeddings_alone_are_inspected_and_evaluated(tiny_options, capsys):
+    """No matrix of a layer is compressed: there are no ranks to show."""
+    compress(options(tiny_options, method="svd", modules="embeddings"))
+    assert main(["inspect", "--model", tiny_options["output"], "--pictures", f"{tiny_options['output']}-pictures"]) == 0
+    assert "smaller embeddings" in " ".join(capsys.readouterr().out.split())
+    asked = ["--model", tiny_options["output"], "--task", "text-classification", "--data-dir", tiny_options["data_dir"]]
+    assert main(["evaluate", *asked, "--json"]) == 0
+    report = json.loads((Path(tiny_options["output"]) / "report.json").read_text())
+    metrics = json.loads(capsys.readouterr().out)["metrics"]["validation"]
+    assert metrics["accuracy"] == report["metric"]["compressed"]
 
 
 def test_offline_is_without_training_unless_asked(tiny_options):

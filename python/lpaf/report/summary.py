@@ -199,6 +199,9 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
         return StageRow(label, write(dense), MISSING, MISSING, write(compressed), change)
 
     rows.append(pair("encoder parameters", report["encoder_params"], format_count))
+    for name, found in (report.get("modules") or {}).items():
+        counts = {"dense": found["weights"], "compressed": found["stored"]}
+        rows.append(pair(f"numbers of {name}", counts, format_count))
     rows.append(pair("all parameters", report["total_params"], format_count))
     rows.append(pair("file size", report["file_bytes"], format_bytes))
     rows.append(pair(f"MACs, length {flops['sequence_length']}", flops, format_count))
