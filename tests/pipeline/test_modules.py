@@ -355,6 +355,45 @@ def test_settings_of_single_modules(tiny_options, tmp_path):
     assert found["output-dense"]["ratio"] < 4
 
 
+@pytest.mark.parametrize("concatenate", [False, True])
+def test_fisher_information_weighs_the_rows(concatenate):
+    """fwsvd is the best of its rank for ||diag(F)^(1/2) (W - A B)||_F, of all layers together where they are."""
+    model = build("bert")
+    (group,) = module_groups(model, ["key"])
+    torch.manual_seed(0)
+    fisher = {name: torch.rand(rows, dtype=torch.float64) + 0.01 for name, (rows, _) in group.shapes.items()}
+    plan = plan_module(group, "fwsvd", ModuleSettings(4.0, concatenate=concatenate), seed=0)
+    weights = group.weights(model)
+    parts = compress_module(plan, weights, fisher)
+    together = [list(weights)] if concatenate else [[name] for name in weights]
+    for names in together:
+        rows = torch.cat([fisher[name] for name in names]).sqrt()[:, None]
+        weight, rebuilt = (
+            torch.cat([of(name) for name in names]).double() for of in (weights.get, lambda n: parts[n].weight())
+        )
+        tail = torch.linalg.svdvals(rows * weight)[plan.sizes[names[0]] :]
+        assert float((rows * (weight - rebuilt)).norm()) == pytest.approx(float(tail.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fwsvd", "autoencoder"])
+def test_fisher_information_is_computed_kept_and_read(tiny_options, tmp_path, method):
+    """The file that a run saves gives the same model again."""
+    quick = {"module_updates": 20, "fisher_transform": "x^0.9"} if method == "autoencoder" else {}
+    asked = {"method": method, "finetune_epochs": 0.0, "retrain_epochs": 0.0, **quick}
+    trained = {**tiny_options, "output": str(tmp_path / "first"), "save_dense": str(tmp_path / "dense")}
+    compress(options(trained, method="svd"))
+    asked |= {"model": str(tmp_path / "dense")}
+    file = str(tmp_path / "fisher.safetensors")
+    found = {}
+    for name, fisher in {"computed": "compute", "read": file}.items():
+        more = {"save_fisher": file, "fisher_samples": 24} if fisher == "compute" else {}
+        _, report = compress(options(tiny_options, output=str(tmp_path / name), fisher=fisher, **asked, **more))
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+        assert report["fisher"]["examples"] == 24
+    assert "bert.embeddings.word_embeddings" in load_file(file)
+    assert all(torch.equal(tensor, found["computed"][name]) for name, tensor in found["read"].items())
+
+
 WRONG = [
     ({"modules": "keys"}, "--modules keys"),
     ({"compression_ratio": 1.0}, "--compression-ratio 1: must be above 1"),
@@ -376,6 +415,12 @@ WRONG = [
     ({"module_batch": 0}, "--module-batch 0: must be at least 1"),
     ({"calibration": "train"}, "--calibration train: is for whole encoders"),
     ({"prune_epochs": 1.0}, "--prune-epochs: is for pruning"),
+    ({"fisher_transform": "log"}, "--fisher-transform log: there is nothing to transform"),
+    ({"fisher": "compute", "fisher_transform": "x^3"}, "--fisher-transform 'x^3': expected one of x^0.1, x^0.5"),
+    ({"fisher": "nowhere.safetensors"}, "--fisher nowhere.safetensors: no such file"),
+    ({"fisher_samples": 3}, "--fisher-samples: is for Fisher information"),
+    ({"method": "fwsvd", "fisher_transform": "log"}, "--fisher-transform: is for --method autoencoder"),
+    ({"method": "kronecker", "fisher": "compute"}, "--fisher: --method kronecker has no use for Fisher information"),
 ]
 
 
