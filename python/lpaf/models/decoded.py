@@ -23,7 +23,15 @@ from torch import nn
 from lpaf_kernels import DecodedEmbedding, DecodedLinear, DecodedOutput, LowRankSparseLinear, SharedLowRankLinear
 
 from .conv1d import features
-from .reconstructed import RECONSTRUCTED, SOURCES, ReconstructedEmbedding, ReconstructedLinear, Source, make_source
+from .reconstructed import (
+    RECONSTRUCTED,
+    SOURCES,
+    ReconstructedEmbedding,
+    ReconstructedLinear,
+    ReconstructedOutput,
+    Source,
+    make_source,
+)
 
 Entry = dict[str, Any]
 #: what stands in for linears and embeddings
@@ -125,12 +133,19 @@ def output_layer(model: nn.Module) -> str | None:
 def tie_output(model: nn.Module, name: str, embedding: nn.Module) -> None:
     """Let the output layer ``name`` decode ``embedding``; transformers is to tie its weight no more, as it has none."""
     output = model.get_submodule(name)
-    tied = DecodedOutput(embedding, output.bias)
+    tied = tied_output(embedding, output.bias)
     model.set_submodule(name, tied.train(output.training))
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         keys = getattr(model, attribute, None)
         if keys:
             setattr(model, attribute, {target: source for target, source in keys.items() if target != f"{name}.weight"})
+
+
+def tied_output(embedding: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    """The output layer that decodes ``embedding``."""
+    if isinstance(embedding, ReconstructedEmbedding):
+        return ReconstructedOutput(embedding, bias)
+    return DecodedOutput(embedding, False if bias is None else bias)
 
 
 def describe(names: Mapping[nn.Module, str]) -> dict[str, Entry]:
@@ -144,7 +159,7 @@ def _entry(module: nn.Module, names: Mapping[nn.Module, str]) -> Entry | None:
         return {"shared": names[module.owner]}
     if isinstance(module, LowRankSparseLinear):
         return {"rank": module.rank, "kept": module.kept.numel()}
-    if isinstance(module, DecodedOutput):
+    if isinstance(module, (DecodedOutput, ReconstructedOutput)):
         return {"tied": names[module.embedding]}
     if isinstance(module, RECONSTRUCTED):
         owner = next((names[other] for other in names if getattr(other, "source", None) is module.source.owner), None)
@@ -171,7 +186,7 @@ def make(entry: Entry, dense: nn.Module, owner: nn.Module | None) -> nn.Module:
     """
     like: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     if "tied" in entry:
-        return DecodedOutput(owner, dense.bias)
+        return tied_output(owner, dense.bias)
     if "rank" in entry:
         bias = dense.bias is not None
         return LowRankSparseLinear(*features(dense), rank=entry["rank"], kept=entry.get("kept", 0), bias=bias, **like)

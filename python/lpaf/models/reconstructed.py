@@ -200,4 +200,21 @@ class ReconstructedEmbedding(nn.Module):
         return F.embedding(ids, self.weight, self.padding_idx)
 
 
+class ReconstructedOutput(nn.Module):
+    """logits = h W^T + b with the W of an embedding that stores it."""
+
+    def __init__(self, embedding: ReconstructedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "embedding", embedding)  # beside the modules: its numbers are stored once
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[vocab, dim], the embedding's."""
+        return self.embedding.weight
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(h, self.weight, self.bias)
+
+
 RECONSTRUCTED = (ReconstructedLinear, ReconstructedEmbedding)
