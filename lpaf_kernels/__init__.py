@@ -7,7 +7,6 @@ import torch
 from ._library import NATIVE
 from ._version import __version__
 from .nn.decoded_embedding import DecodedEmbedding
-from .nn.decoded_linear import DecodedLinear, DecodedOutput
 from .nn.fold import fold_kept
 from .nn.fuse import fuse, unfuse
 from .nn.graphed import GraphRunner
@@ -37,8 +36,6 @@ from .tuning.dispatch import explain, use_provider
 
 __all__ = [
     "DecodedEmbedding",
-    "DecodedLinear",
-    "DecodedOutput",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
