@@ -7,7 +7,7 @@ import torch
 from ._library import NATIVE
 from ._version import __version__
 from .nn.decoded_embedding import DecodedEmbedding
-from .nn.decoded_linear import DecodedLinear
+from .nn.decoded_linear import DecodedLinear, SharedDecodedLinear
 from .nn.decoded_output import DecodedOutput
 from .nn.fold import fold_kept
 from .nn.fuse import fuse, unfuse
@@ -50,6 +50,7 @@ __all__ = [
     "MixedRankLinear",
     "Norm",
     "PackedMask",
+    "SharedDecodedLinear",
     "SharedLowRankLinear",
     "__version__",
     "accumulate_movement_",

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.decoded_embedding import Layer, check_per_row
+from ..ops._checks import check_integer
+from ..ops.decoded_embedding import Layer, check_decoder, check_per_row
 from ..ops.lowrank_sparse_linear import lowrank_sparse_linear
 from ._decoded import DecodedMatrix, parameter
 from .lowrank_sparse_linear import LowRankSparseLinear
@@ -137,3 +138,67 @@ class DecodedLinear(DecodedMatrix):
             f"in_features={self.in_features}, out_features={self.out_features}, latent_dim={self.latent.shape[1]},"
             f" bias={self.bias is not None}, norms={self.norms is not None}"
         )
+
+
+class SharedDecodedLinear(DecodedLinear):
+    """A DecodedLinear whose decoder is that of another layer: matrices that were compressed together store it once.
+
+    ``owner`` is held beside the modules, not among them: the state_dict of a model that holds both layers has the
+    decoder under the owner's name alone, and a copy of that model keeps the two together.
+
+    Parameters: latent [out, k], bias [out]. Buffer, where norms are kept: norms [out].
+
+    Args:
+        owner: the layer that stores the decoder; not shared itself.
+        out_features, bias, norms, device, dtype: as for :class:`DecodedLinear`.
+
+    Raises:
+        TypeError, ValueError: another kind of owner, or sizes that are no integers of at least 1.
+    """
+
+    def __init__(
+        self,
+        owner: DecodedLinear,
+        out_features: int,
+        bias: bool = True,
+        norms: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_integer("out_features", out_features, 1, None)
+        like = {"device": device, "dtype": dtype}
+        self._share(
+            owner,
+            torch.empty(out_features, owner.latent.shape[1], **like),
+            torch.ones(out_features, **like) if norms else None,
+            torch.zeros(out_features, **like) if bias else None,
+        )
+        nn.init.normal_(self.latent)
+
+    @classmethod
+    def of(
+        cls, owner: DecodedLinear, latent: Tensor, norms: Tensor | None = None, bias: Tensor | None = None
+    ) -> SharedDecodedLinear:
+        """The layer of these tensors, not copied, with ``owner``'s decoder: latent [out, k], norms and bias [out]."""
+        check_decoder([(layer.weight, layer.bias) for layer in owner.decoder], latent)
+        layer = cls.__new__(cls)
+        layer._share(owner, latent, norms, bias)
+        return layer
+
+    def _share(self, owner: DecodedLinear, latent: Tensor, norms: Tensor | None, bias: Tensor | None) -> None:
+        if not isinstance(owner, DecodedLinear) or isinstance(owner, SharedDecodedLinear):
+            raise TypeError(f"owner: expected a DecodedLinear that is not shared, got {type(owner).__name__}")
+        nn.Module.__init__(self)
+        # nn.Module would register it.
+        object.__setattr__(self, "owner", owner)
+        for name, values in (("norms", norms), ("bias", bias)):
+            if values is not None:
+                check_per_row(name, values, latent)
+        self.latent = parameter(latent)
+        self.register_buffer("norms", None if norms is None else norms.detach())
+        self.register_parameter("bias", None if bias is None else parameter(bias))
+
+    @property
+    def decoder(self) -> nn.ModuleList:
+        """The owner's."""
+        return self.owner.decoder

@@ -4,8 +4,8 @@ A description is the entry that the configuration has for a module:
 
 * ``{"rank", "kept"}``: a ``LowRankSparseLinear``;
 * ``{"shared": NAME}``: a ``SharedLowRankLinear`` that has its ``down`` from module NAME;
-* ``{"latent", "hidden", "bias", "norms"}``: a ``DecodedEmbedding`` or ``DecodedLinear``, or with ``"shared": NAME`` a
-  ``DecodedLinear`` that has its decoder from module NAME;
+* ``{"latent", "hidden", "bias", "norms"}``: a ``DecodedEmbedding`` or ``DecodedLinear``;
+* ``{"shared": NAME, "norms"}``: a ``SharedDecodedLinear`` that has its decoder from module NAME;
 * ``{"sparse"}``, ``{"kronecker"}``, ``{"tucker"}``, the last two also with ``"shared": NAME``: a
   ``ReconstructedEmbedding`` or ``ReconstructedLinear`` of that source;
 * ``{"tied": NAME}``: the output layer that decodes the embeddings of module NAME.
@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpaf_kernels import DecodedEmbedding, DecodedLinear, DecodedOutput, LowRankSparseLinear, SharedLowRankLinear
+from lpaf_kernels import (
+    DecodedEmbedding,
+    DecodedLinear,
+    DecodedOutput,
+    LowRankSparseLinear,
+    SharedDecodedLinear,
+    SharedLowRankLinear,
+)
 
 from .conv1d import features
 from .reconstructed import (
@@ -74,7 +81,10 @@ def _decoded_layer(part: Any, dense: nn.Module, owner: nn.Module | None) -> nn.M
         return SharedLowRankLinear.of(owner, latent, dense.bias)
     if len(decoder) == 1 and norms is None and decoder[0][1] is None:
         return LowRankSparseLinear.from_factors(latent, decoder[0][0], dense.bias)
-    return DecodedLinear.from_parts(latent, decoder if owner is None else owner, norms, dense.bias)
+    bias = None if dense.bias is None else dense.bias.detach().clone()
+    if isinstance(owner, DecodedLinear):
+        return SharedDecodedLinear.of(owner, latent, norms, bias)
+    return DecodedLinear.from_parts(latent, decoder, norms, bias)
 
 
 def install(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -164,7 +174,7 @@ def _entry(module: nn.Module, names: Mapping[nn.Module, str]) -> Entry | None:
     if isinstance(module, RECONSTRUCTED):
         owner = next((names[other] for other in names if getattr(other, "source", None) is module.source.owner), None)
         return module.source.describe() | ({} if module.source.owner is None else {"shared": owner})
-    if isinstance(module, DecodedLinear) and module.owner is not None:
+    if isinstance(module, SharedDecodedLinear):
         return {"shared": names[module.owner], "norms": module.norms is not None}
     if isinstance(module, DECODED):
         widths = [layer.weight.shape[0] for layer in module.decoder]
@@ -201,7 +211,7 @@ def make(entry: Entry, dense: nn.Module, owner: nn.Module | None) -> nn.Module:
     if isinstance(owner, LowRankSparseLinear):
         return SharedLowRankLinear(owner, outputs, bias=dense.bias is not None, **like)
     if owner is not None:
-        return DecodedLinear.sharing(owner, outputs, norms=entry["norms"], bias=dense.bias is not None, **like)
+        return SharedDecodedLinear(owner, outputs, dense.bias is not None, entry["norms"], **like)
     latent, hidden, decoder_bias, norms = _sizes(entry)
     return DecodedLinear(
         inputs, outputs, latent, hidden, decoder_bias=decoder_bias, norms=norms, bias=dense.bias is not None, **like
