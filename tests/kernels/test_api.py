@@ -27,6 +27,8 @@ PUBLIC = [
     "MixedRankLinear",
     "Norm",
     "PackedMask",
+    "SharedDecodedLinear",
+    "SharedLowRankLinear",
     "__version__",
     "accumulate_movement_",
     "build_info",
