@@ -351,7 +351,7 @@ class Compression:
         prepared, options = self.prepared, self.options
         if prepared.fisher is not None:
             rows, record = prepared.fisher
-            self.findings.fisher = {"source": options.fisher, **record}
+            self.findings.fisher = record | {"source": options.fisher}
             if record.get("model") not in (None, self.sources["weights"]):
                 say(f"--fisher {options.fisher}: was computed with another --model")
         else:
