@@ -424,6 +424,7 @@ RUNS = {
     "svd": {"calibration": "train"},
     "lpaf": {"prune_lr": 2e-3},
     "losparse": {"prune_lr": 2e-3, "rank": None, "ratio": 0.4, "distill": "layer"},
+    "cofi": {"prune_lr": 2e-3, "rank": None, "ratio": 0.5},
     "kd": {"rank": None, "ratio": 0.5},
 }
 
@@ -452,6 +453,9 @@ def test_run_reloads_and_evaluate_repeats_it(finished, tmp_path):
     given = {"data_dir": options.data_dir, "max_length": options.max_length}
     found = evaluate_directory(options.output, "mlm", predictions=str(rows), **given)
     assert found["metrics"] == report["metric"]["details"]["compressed"]
+    if options.method == "svd":
+        fused = evaluate_directory(options.output, "mlm", fuse=True, **given)["metrics"]["validation"]
+        assert fused == pytest.approx(found["metrics"]["validation"], rel=1e-4)
     dense = evaluate_directory(options.save_dense, "mlm", **given)["metrics"]["validation"]
     assert dense == pytest.approx(report["metric"]["details"]["dense"]["validation"], rel=1e-5)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -638,7 +642,7 @@ def test_two_processes_end_with_the_weights_of_one(data, tmp_path):
         output.parent.mkdir()
         run(words_of(model, data, output, **{"checkpoint-steps": 0}), output, processes)
     files = [output / "model.safetensors" for output in outputs.values()]
-    assert difference(*files, without=("key.bias",)) < 5e-3, "other words would make 3e-1"
+    assert difference(*files, without=("key.bias",)) < 1e-3, "other words would make 2"
     one, two = (story(output) for output in outputs.values())
     for stage, history in one["training"].items():
         for entry, same in zip(two["training"][stage], history, strict=True):
