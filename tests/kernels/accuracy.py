@@ -24,7 +24,7 @@ def check_accurate(actual: Tensor, chain: Tensor, exact: Tensor) -> None:
 
 
 def on_one_scale(actual: Tensor, chain: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three times the power of two that brings the largest entry of ``exact`` to between 1/2 and 1: nothing is rounded.
+    """All three times the power of two that brings the largest entry of ``exact`` to 1/2 to 1: nothing is rounded.
 
     Of draws that are compared together, the one with the largest entries would decide alone.
     """
