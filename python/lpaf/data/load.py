@@ -19,6 +19,7 @@ from ..hub import hub_has_dataset
 from ..processes import is_main
 from . import docstrings
 from .files import SUFFIXES, TEXT_SUFFIX, Row, bad_row, read_rows, read_text
+from .masking import tokenize_masked_blocks
 from .spans import SpanOptions, tokenize_questions
 from .squad import FEATURES, check_answerable, read_questions
 from .task_data import TEST, TaskData, make_task_data
@@ -44,12 +45,12 @@ def load_task(
 
     From ``data_dir`` (train.* and validation.*, or dev.*; for mnli validation_matched.* and
     validation_mismatched.*), from the two files, or, for a task with a name on the Hub without either, from there.
-    ``docstrings`` without either is built on the spot. Language modelling also takes .txt files, each one document.
+    ``docstrings`` without either is built on the spot. Running text may also be .txt files, each one document.
 
     Args:
         task: name or specification.
         max_train_samples: keep a seeded choice of so many training examples, in their order. Default: all. For
-            language modelling, whose examples are made by :func:`tokenize`, see :func:`sampled`.
+            running text, whose examples are made by :func:`tokenize`, see :func:`sampled`.
         seed: seed of that choice.
         evaluation_only: leave ``train`` None and need no training file; the classes of a task without fixed
             ones are then those of the validation file (``check_labels`` puts them in a model's order).
@@ -75,7 +76,7 @@ def load_task(
         if test_file is not None:
             held_out[TEST] = _Source(Path(test_file), "--test-file")
         data = _from_files(spec, train, held_out)
-    chosen = None if spec.is_language_modeling else max_train_samples
+    chosen = None if spec.is_running_text else max_train_samples
     if data.train is not None and chosen is not None and chosen < len(data.train):
         train = sampled(data.train, chosen, seed)
         _check_training(train, spec, data.labels, f"--max-train-samples {max_train_samples}")
@@ -101,7 +102,7 @@ def load_texts(data: TaskData, path: str | Path, argument: str) -> Dataset:
     spec, source = data.spec, _Source(Path(path), argument)
     if spec.is_question_answering:
         return read_questions(source.path, argument, spec)
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         return _read_documents(source, spec)
     rows = read_rows(source.path, argument)
     columns = _text_columns(rows, spec, source, labelled=False)
@@ -204,7 +205,7 @@ def tokenize(
     """Token ids of every example, unpadded.
 
     Questions become windows of their contexts, see :func:`spans.tokenize_questions`; summaries and running text are
-    cut by :func:`texts.tokenize_summaries` and :func:`texts.tokenize_blocks`.
+    cut by :func:`texts.tokenize_summaries`, :func:`texts.tokenize_blocks` and :func:`masking.tokenize_masked_blocks`.
 
     Args:
         dataset: a split of ``TaskData``.
@@ -232,6 +233,8 @@ def tokenize(
     columns = next(choice for choice in spec.text_columns if set(choice) <= set(dataset.column_names))
     if spec.is_language_modeling:
         return tokenize_blocks(dataset, *columns, tokenizer, max_length, description)
+    if spec.is_masked_language_modeling:
+        return tokenize_masked_blocks(dataset, *columns, tokenizer, max_length, description)
     if spec.is_summarization:
         return tokenize_summaries(dataset, columns, tokenizer, max_length, texts or TextOptions(), description)
     limit = min(max_length, tokenizer.model_max_length)
@@ -269,7 +272,7 @@ def _built_in(spec: TaskSpec) -> TaskData:
 
 
 def _hub_split(split: Dataset, spec: TaskSpec) -> Dataset:
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         # WikiText's rows are the lines of one text, with their line ends
         return _documents(["".join(split[spec.text_columns[0][0]])], spec)
     features = FEATURES if spec.is_question_answering else _features(spec, spec.text_columns[0])
@@ -333,7 +336,7 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
         if train is not None:
             _check_training(splits["train"], spec, None, f"{train.argument} {train.path}")
         return make_task_data(spec, splits.pop("train", None), splits, None)
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         splits = {name: _read_documents(source, spec) for name, source in sources.items()}
         return make_task_data(spec, splits.pop("train", None), splits, None)
     first = next(iter(sources.values()))
@@ -358,7 +361,7 @@ def _from_files(spec: TaskSpec, train: _Source | None, validation: Mapping[str, 
 
 
 def _suffixes(spec: TaskSpec) -> tuple[str, ...]:
-    return (*SUFFIXES, TEXT_SUFFIX) if spec.is_language_modeling else SUFFIXES
+    return (*SUFFIXES, TEXT_SUFFIX) if spec.is_running_text else SUFFIXES
 
 
 def _one_of(directory: Path, stems: Sequence[str], spec: TaskSpec) -> Path:

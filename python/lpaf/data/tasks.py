@@ -12,9 +12,13 @@ QUESTION_ANSWERING = "question-answering"
 SUMMARIZATION = "summarization"
 #: causal: every token from those before it
 LANGUAGE_MODELING = "language-modeling"
-PROBLEMS = (CLASSIFICATION, REGRESSION, QUESTION_ANSWERING, SUMMARIZATION, LANGUAGE_MODELING)
-#: problems whose model predicts a token at every position, out of its vocabulary
-TOKEN_PROBLEMS = (SUMMARIZATION, LANGUAGE_MODELING)
+#: words that are hidden, from those on both sides
+MASKED_LANGUAGE_MODELING = "masked-language-modeling"
+#: problems whose examples are blocks of running text
+RUNNING_TEXT_PROBLEMS = (LANGUAGE_MODELING, MASKED_LANGUAGE_MODELING)
+#: problems whose labels are tokens, out of the model's vocabulary
+TOKEN_PROBLEMS = (SUMMARIZATION, *RUNNING_TEXT_PROBLEMS)
+PROBLEMS = (CLASSIFICATION, REGRESSION, QUESTION_ANSWERING, *TOKEN_PROBLEMS)
 METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr", "exact_match")
 METRICS += ("rouge1", "rouge2", "rougeL", "perplexity")
 #: metrics of which less is better
@@ -41,7 +45,7 @@ class TaskSpec:
         name: the name that ``--task`` takes.
         text_columns: the choices of text columns, each a tuple of one (single text) or two (pair; text and
             summary) column names; the first choice whose columns are all in the file is used.
-        problem: "classification", "regression", "question-answering", "summarization" or "language-modeling".
+        problem: out of ``PROBLEMS``.
         metrics: names out of ``METRICS``, in the order in which they are shown.
         main_metric: the one that stands for the task, out of ``metrics``.
         labels: class names in the order of their integer labels on the Hub, or None when the data decide (and
@@ -100,8 +104,18 @@ class TaskSpec:
         return self.problem == LANGUAGE_MODELING
 
     @property
+    def is_masked_language_modeling(self) -> bool:
+        """Whether the labels are the tokens of words that are hidden."""
+        return self.problem == MASKED_LANGUAGE_MODELING
+
+    @property
+    def is_running_text(self) -> bool:
+        """Whether the examples are blocks of running text."""
+        return self.problem in RUNNING_TEXT_PROBLEMS
+
+    @property
     def predicts_tokens(self) -> bool:
-        """Whether the model predicts a token at every position."""
+        """Whether the labels are tokens."""
         return self.problem in TOKEN_PROBLEMS
 
     @property
@@ -111,8 +125,14 @@ class TaskSpec:
 
     @property
     def max_length(self) -> int:
-        """Tokens per example when ``--max-length`` is silent."""
-        return 512 if self.predicts_tokens else 384 if self.is_question_answering else 128
+        """Tokens per example when ``--max-length`` is silent.
+
+        Masked language modelling has 128, the length at which BERT trains for nine tenths of its steps (Devlin et al.,
+        2019, appendix A.2): words are told by their neighbours, and longer blocks cost more than they tell.
+        """
+        if self.is_summarization or self.is_language_modeling:
+            return 512
+        return 384 if self.is_question_answering else 128
 
 
 def _glue(
@@ -152,6 +172,11 @@ def _summaries(name: str, *columns: tuple[str, str], hub: tuple[str, str] | None
     return TaskSpec(name, columns, SUMMARIZATION, ("rouge1", "rouge2", "rougeL"), "rouge2", hub=hub)
 
 
+def _running_text(name: str, problem: str) -> TaskSpec:
+    wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    return TaskSpec(name, (("text",),), problem, ("perplexity",), "perplexity", hub=wikitext)
+
+
 _PAIR = ("sentence1", "sentence2")
 
 TASKS: dict[str, TaskSpec] = {
@@ -176,14 +201,8 @@ TASKS: dict[str, TaskSpec] = {
         _summaries("cnn_dailymail", ("article", "highlights"), hub=("abisee/cnn_dailymail", "3.0.0")),
         _summaries("xsum", ("document", "summary"), hub=("EdinburghNLP/xsum", "default")),
         _summaries("summarization", *FREE_SUMMARY_COLUMNS),
-        TaskSpec(
-            "language-modeling",
-            (("text",),),
-            LANGUAGE_MODELING,
-            ("perplexity",),
-            "perplexity",
-            hub=("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        ),
+        _running_text("language-modeling", LANGUAGE_MODELING),
+        _running_text("mlm", MASKED_LANGUAGE_MODELING),
         TaskSpec("text-classification", FREE_TEXT_COLUMNS, CLASSIFICATION, ("accuracy", "f1"), "accuracy"),
         TaskSpec("text-regression", FREE_TEXT_COLUMNS, REGRESSION, ("pearson", "spearmanr"), "pearson"),
         _questions("question-answering"),

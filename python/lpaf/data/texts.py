@@ -1,7 +1,7 @@
-"""Tokens of the problems whose model predicts a token at every position: summaries, and blocks of running text.
+"""Tokens of the problems whose model writes: summaries, and blocks of running text.
 
 ``labels`` hold, for every position of the decoder, the token that it is to predict, and ``IGNORED`` where there is
-none.
+none. (:mod:`.masking` has running text with hidden words.)
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def tokenize_summaries(
     """
     source, target = columns
     chunks = []
-    for rows in _chunks(examples, description):
+    for rows in chunks_of(examples, description):
         encoded = tokenizer([texts.prefix + text for text in rows[source]], truncation=True, max_length=max_length)
         written = tokenizer(text_target=rows[target], truncation=True, max_length=texts.max_target_length)
-        chunks.append(_dataset(encoded["input_ids"], encoded["attention_mask"], written["input_ids"]))
+        chunks.append(token_rows(encoded["input_ids"], encoded["attention_mask"], written["input_ids"]))
     return datasets.concatenate_datasets(chunks)
 
 
@@ -128,14 +128,14 @@ def tokenize_blocks(documents: Dataset, column: str, tokenizer: Any, max_length:
     if not blocks:
         raise InputError(f"--task language-modeling: {len(documents)} documents hold no two tokens; pass more text")
     labels = [np.append(block[1:], IGNORED) for block in blocks]
-    return _dataset(blocks, [np.ones_like(block) for block in blocks], labels)
+    return token_rows(blocks, [np.ones_like(block) for block in blocks], labels)
 
 
 def _stream(documents: Dataset, column: str, tokenizer: Any, description: str) -> np.ndarray:
     """Token ids of all documents that are not empty, int32 [N]."""
     end = tokenizer.eos_token_id
     parts: list[np.ndarray] = []
-    for rows in _chunks(documents, description):
+    for rows in chunks_of(documents, description):
         texts = [text for text in rows[column] if text]
         # a document is longer than a model's input on purpose: no warning
         for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
@@ -149,13 +149,15 @@ def _stream(documents: Dataset, column: str, tokenizer: Any, description: str) -
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
-def _chunks(rows: Dataset, description: str) -> Iterator[dict[str, list]]:
+def chunks_of(rows: Dataset, description: str) -> Iterator[dict[str, list]]:
+    """``rows`` in chunks, each as column -> values, with a progress bar that says ``description``."""
     starts = range(0, len(rows), _CHUNK)
     for start in tqdm(starts, desc=description, unit="chunk", delay=2, leave=False, disable=not is_main() or None):
         yield rows[start : start + _CHUNK]
 
 
-def _dataset(input_ids: list, attention_mask: list, labels: list) -> Dataset:
+def token_rows(input_ids: list, attention_mask: list, labels: list) -> Dataset:
+    """A dataset with these columns, int32 (labels int64) and unpadded, and ``length``, that of ``input_ids``."""
     names = ("input_ids", "attention_mask")
     features = Features({name: List(Value("int32")) for name in names} | {"labels": List(Value("int64"))})
     features["length"] = Value("int64")

@@ -18,12 +18,13 @@ from .latency import MODES, check_counts, interleaved_latency
 RANDOM_TWIN = "dense (random weights)"
 
 
-def dense_twin(model: str) -> torch.nn.Module:
-    """A dense model of the same configuration with random weights: its time is that of the original."""
+def dense_twin(model: str, problem: str | None = None) -> torch.nn.Module:
+    """A dense model of the same configuration with random weights: its time is that of the original. Its head is for
+    ``problem``, by default that of the model's architecture."""
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return use_linears(task_class(config).from_config(config)).eval()
+    return use_linears(task_class(config, problem).from_config(config)).eval()
 
 
 def bench(

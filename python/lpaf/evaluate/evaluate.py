@@ -47,12 +47,13 @@ def evaluate_directory(
 
     Args:
         model: directory (compressed or dense), Hub name or short name of a model with a head for the task.
-        max_length: tokens per example. Default: 384 for question answering, 512 for summarisation and language
-            modelling, else 128; at most what the model takes.
+        max_length: tokens per example. Default: 384 for question answering, 512 for summarisation and (causal)
+            language modelling, else 128; at most what the model takes.
         batch_size: examples per batch. Default: 64, for summarisation and language modelling 8.
         predictions: file for one JSON line per example: split, index, label, prediction, logits; for question
             answering split, index, id, prediction, score, null_score, answers; for summarisation split, index,
-            prediction, summary; for language modelling split, index, tokens, loss (their mean, in nats) of each block.
+            prediction, summary; for running text split, index, tokens, loss (the mean over these tokens in nats, null
+            where there are none) of each block.
         fuse: run the blocks of a compressed model as one operator each. Default: False.
         doc_stride, n_best, max_answer_length, null_threshold: as in ``SpanOptions``, for question answering.
         max_target_length, num_beams, generate_length, length_penalty, no_repeat_ngram: as in ``TextOptions``, for
@@ -111,9 +112,9 @@ def prediction_rows(spec: TaskSpec, examples: Dataset, outputs: Any, labels: Any
         for written, truth in zip(outputs, labels, strict=True):
             yield {"prediction": written, "summary": truth}
         return
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         for loss, tokens in zip(outputs, labels, strict=True):
-            yield {"tokens": int(tokens), "loss": float(loss / tokens)}
+            yield {"tokens": int(tokens), "loss": float(loss / tokens) if tokens else None}
         return
     if spec.is_question_answering:
         for name, answer, truth in zip(examples["id"], outputs, labels, strict=True):

@@ -20,7 +20,7 @@ from .squad_metrics import exact_match, f1
 
 def predictions_of(spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str]) -> np.ndarray:
     """Classes (int64 [B], the largest logit), numbers (float64 [B]) or texts (object [B]) of a model's outputs; for
-    language modelling there is nothing to choose.
+    running text there is nothing to choose.
 
     Args:
         outputs: logits [B, C], or [B, 1] or [B] for regression, or B ``Answer``; predictions [B] are returned as
@@ -53,13 +53,15 @@ def compute_metrics(
     f1 is that of class 1 for GLUE's two-class tasks, SQuAD's for question answering, and the mean over the classes
     (macro) for all other tasks. A correlation with constant predictions or labels is 0. Where questions may have no
     answer, exact_match and f1 of those with and of those without one follow, as far as there are any. ROUGE is the mean
-    F-measure over the examples. Perplexity is exp(sum of the losses / number of tokens): every token weighs the same.
+    F-measure over the examples. Perplexity is exp(sum of the losses / number of tokens): every token that is predicted
+    (all of them, or those of hidden words) weighs the same.
 
     Args:
         outputs: logits [B, C] or predictions [B]; for question answering B ``Answer`` or texts; for summarisation B
-            texts; for language modelling the loss of each block in nats [B].
+            texts; for running text the loss of each block in nats [B].
         labels: class indices or numbers [B]; for question answering the true answers of each question; for
-            summarisation the true texts; for language modelling the number of predicted tokens of each block [B].
+            summarisation the true texts; for running text the number of predicted tokens of each block [B], of which
+            some may be 0, but not all.
 
     Raises:
         ValueError: the lengths differ or are 0, or an output is NaN.
@@ -68,7 +70,7 @@ def compute_metrics(
         return _answer_metrics(spec, predictions_of(spec, outputs), labels)
     if spec.is_summarization:
         return {name: float(scores.mean()) for name, scores in _rouge(spec.metrics, outputs, labels).items()}
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         losses, tokens = _losses(outputs, labels)
         return {"perplexity": math.exp(min(losses.sum() / tokens.sum(), MOST_NATS))}
     predictions, truth = predictions_of(spec, outputs), np.asarray(labels)
@@ -103,6 +105,8 @@ def _losses(outputs: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarr
     _check_answers(losses, tokens)
     if np.isnan(losses).any():
         raise ValueError("outputs contains NaN: expected finite numbers")
+    if not tokens.any():
+        raise ValueError("labels are all 0: expected the numbers of tokens that were predicted")
     return losses, tokens
 
 
@@ -128,13 +132,13 @@ def example_scores(
     spec: TaskSpec, outputs: ArrayLike | Sequence[Answer | str], labels: ArrayLike | Sequence[Sequence[str]]
 ) -> np.ndarray:
     """How well each example is done, float32 [B]: 1 or 0 for right or wrong classes, minus the squared error for
-    numbers, F1 for answers, the main metric for summaries, minus the mean loss of each block of running text; arguments
-    as for :func:`compute_metrics`."""
+    numbers, F1 for answers, the main metric for summaries, minus the mean loss of each block of running text (0, which
+    no two models differ by, where nothing in it is predicted); arguments as for :func:`compute_metrics`."""
     if spec.is_summarization:
         return _rouge([spec.main_metric], outputs, labels)[spec.main_metric].astype(np.float32)
-    if spec.is_language_modeling:
+    if spec.is_running_text:
         losses, tokens = _losses(outputs, labels)
-        return (-losses / tokens).astype(np.float32)
+        return (-losses / np.maximum(tokens, 1)).astype(np.float32)
     if spec.is_question_answering:
         texts = predictions_of(spec, outputs)
         _check_answers(texts, labels)

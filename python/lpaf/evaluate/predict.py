@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from ..data import TaskSpec
 from ..data.spans import SpanOptions
-from ..data.tasks import LANGUAGE_MODELING, SUMMARIZATION, TOKEN_PROBLEMS
+from ..data.tasks import LANGUAGE_MODELING, MASKED_LANGUAGE_MODELING, SUMMARIZATION, TOKEN_PROBLEMS
 from ..data.texts import IGNORED, TextOptions
-from ..models.outputs import NOT_INPUTS, PADDING, forward_inputs, task_logits
+from ..models.outputs import NOT_INPUTS, PADDING, forward_inputs, head_at, logits_at, task_logits
 from ..processes import exchange, is_main, my_share
 from ..retrain.batches import Collator
 from .answers import best_answers
@@ -32,7 +32,7 @@ class NotNumbersError(ValueError):
 
 def default_batch(problem: str) -> int:
     """Examples per batch when nothing is said: 64, or 8 where every token has a row of the vocabulary's size."""
-    return 8 if problem in TOKEN_PROBLEMS else 64
+    return 8 if problem in (SUMMARIZATION, LANGUAGE_MODELING) else 64
 
 
 @torch.no_grad()
@@ -115,7 +115,17 @@ def token_losses(
 ) -> torch.Tensor:
     """Negative log-likelihood in nats of every example's labels, summed, float64 [len(dataset)] on the CPU."""
 
+    def read_hidden(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch["labels"]
+        positions = labels != IGNORED
+        with head_at(model, positions):
+            logits = logits_at(model(**forward_inputs(model, batch)).logits, positions)
+        losses = F.cross_entropy(logits.float(), labels[positions], reduction="none").double()
+        return torch.stack([part.sum() for part in losses.split(positions.sum(dim=1).tolist())])
+
     def read(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if problem == MASKED_LANGUAGE_MODELING:
+            return read_hidden(batch)
         logits, labels = model(**forward_inputs(model, batch)).logits, batch["labels"]
         # row by row: a copy of all logits in float32 would be the largest tensor of all
         rows = [
@@ -193,8 +203,8 @@ def task_outputs(
 
     Returns:
         Logits [N, C] and labels [N]; for question answering N ``Answer`` and the true answers of every question; for
-        summarisation the written and the true texts; for language modelling every block's loss in nats [N] and number
-        of labels [N].
+        summarisation the written and the true texts; for running text every block's loss in nats [N] and number of
+        labels [N].
 
     Raises:
         NotNumbersError: the outputs contain NaN.
@@ -205,8 +215,8 @@ def task_outputs(
             raise NotNumbersError()  # a search through NaN ends like any other
         written = write_texts(model, encoded, tokenizer, texts or TextOptions(), batch_size)
         return written, list(examples[_summary_column(spec, examples)])
-    if spec.is_language_modeling:
-        losses = token_losses(model, encoded, tokenizer, batch_size).numpy()
+    if spec.is_running_text:
+        losses = token_losses(model, encoded, tokenizer, batch_size, problem=spec.problem).numpy()
         if np.isnan(losses).any():
             raise NotNumbersError()
         return losses, np.array([sum(label != IGNORED for label in row) for row in encoded["labels"]])

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -139,6 +140,7 @@ TASK_CLASSES = {
     "question-answering": (AutoModelForQuestionAnswering, "question answerer"),
     "summarization": (AutoModelForSeq2SeqLM, "sequence-to-sequence model"),
     "language-modeling": (AutoModelForCausalLM, "causal language model"),
+    "masked-language-modeling": (AutoModelForMaskedLM, "masked language model"),
 }
 #: end of an architecture's name -> problem that it says
 HEADS = {
@@ -147,6 +149,7 @@ HEADS = {
     "MTModel": "summarization",
     "ForCausalLM": "language-modeling",
     "LMHeadModel": "language-modeling",
+    "ForMaskedLM": "masked-language-modeling",
 }
 
 
@@ -182,8 +185,15 @@ def check_kind(config: Any, problem: str, model: str, flag: str = "--model") -> 
         encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.is_encoder_decoder:
             raise InputError(
-                f"{flag} {model}: a {kind} sees the tokens that it would have to predict; perplexity needs a causal "
-                "model such as GPT-2 or Llama"
+                f"{flag} {model}: a {kind} sees the tokens that it would have to predict; this perplexity needs a "
+                "causal model such as GPT-2 or Llama, that of hidden words (--task mlm) an encoder such as BERT"
+            )
+    if problem == "masked-language-modeling":
+        decoder = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+        if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or decoder:
+            raise InputError(
+                f"{flag} {model}: a {kind} writes from left to right; telling hidden words (--task mlm) needs an "
+                "encoder such as BERT, causal models have --task language-modeling"
             )
 
 
@@ -193,7 +203,7 @@ def load_dense(model: str, labels: Sequence[str] | None, problem: str) -> tuple[
     Args:
         model: directory, Hub name or short name.
         labels: class names, or None for the other problems.
-        problem: "classification", "regression", "question-answering", "summarization" or "language-modeling".
+        problem: a key of ``TASK_CLASSES``.
 
     Returns:
         (float32 model with nn.Linear in place of GPT-2's Conv1D, whether its task head came with the checkpoint and

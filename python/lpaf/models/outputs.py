@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.utils import ModelOutput
 #: logit of positions that are padding: finite, so that 0 * log 0 never turns up, and nothing in a softmax
 PADDING = -1e9
 #: columns of a batch that no model takes
-NOT_INPUTS = ("labels", "teacher_logits", "index")
+NOT_INPUTS = ("labels", "teacher_logits", "index", "words")
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[
 
 
 def task_logits(outputs: ModelOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits [B, C] of a classifier, [B, T, V] of a language model, or a question answerer's float32 [B, 2, T]: start
+    """Logits [B, C] of a classifier, [B, T, V] of a model of tokens, or a question answerer's float32 [B, 2, T]: start
     and end over the positions.
 
     Args:
@@ -45,3 +46,38 @@ def task_logits(outputs: ModelOutput, attention_mask: torch.Tensor | None) -> to
         return outputs.logits
     logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=1).float()
     return logits.masked_fill(attention_mask[:, None] == 0, PADDING)
+
+
+@contextmanager
+def head_at(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """While this lasts, the head of ``model`` reads the hidden states at ``positions`` only.
+
+    What a masked language model says of any other token is asked by nobody, and a row of the vocabulary's size for each
+    would be most of its memory and, in a small model, half of its work. Its logits become [1, R, V] for the R positions
+    in row-major order; hidden states that it returns besides stay whole. Where the body does not end in hidden states
+    [B, T, hidden], nothing changes; :func:`logits_at` takes either.
+
+    Args:
+        model: a transformers model, not wrapped.
+        positions: bool [B, T].
+    """
+
+    def select(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:
+        states = getattr(outputs, "last_hidden_state", None)
+        if states is not None and states.shape[:-1] == positions.shape:
+            outputs.last_hidden_state = states[positions][None]
+        return outputs
+
+    handle = model.base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V] at the R ``positions``, bool [B, T], of what a model gave under :func:`head_at`, or of all logits
+    [B, T, V]."""
+    if logits.shape[:-1] == positions.shape:
+        return logits[positions]
+    return logits.flatten(0, -2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from datasets import Dataset
 from torch import nn
 
 from ..data import TaskData, load_texts, sampled
+from ..data.tasks import MASKED_LANGUAGE_MODELING
 from ..data.texts import IGNORED
 from ..errors import InputError
 from ..evaluate.predict import default_batch, run_over
 from ..factorize import InputMoments
 from ..models.count import matrix_shapes
-from ..models.outputs import forward_inputs
+from ..models.outputs import forward_inputs, head_at
 from ..processes import say
 from ..prune import PRUNERS
 from ..report.summary import format_bytes
@@ -104,7 +106,9 @@ def input_moments(
         return taken
 
     def read(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        model(**inputs(batch))
+        masked = problem == MASKED_LANGUAGE_MODELING
+        with head_at(model, batch["labels"] != IGNORED) if masked else nullcontext():
+            model(**inputs(batch))
         return torch.empty(0)
 
     was_training = model.training

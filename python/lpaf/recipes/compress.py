@@ -65,7 +65,7 @@ class Compression:
         self.prepared, self.options, self.command = prepared, prepared.options, command
         options, data = prepared.options, prepared.data
         self.train = None if data.train is None else self.tokenize(data.train)
-        if self.train is not None and data.spec.is_language_modeling:  # whose examples are the blocks
+        if self.train is not None and data.spec.is_running_text:  # whose examples are the blocks
             self.train = sampled(self.train, options.max_train_samples, options.seed)
         self.validation = {name: self.tokenize(split) for name, split in data.validation.items()}
         self.calibration = None

@@ -41,7 +41,7 @@ class CompressOptions:
     task: str = option(
         "",
         "task name: sst2, cola, mrpc, ..., squad, squad_v2, cnn_dailymail, xsum, text-classification, text-regression, "
-        "question-answering, summarization, language-modeling, docstrings",
+        "question-answering, summarization, language-modeling (causal), mlm (masked), docstrings",
         "what",
     )
     output: str = option("", "directory to write; must not exist or be empty", "what", metavar="DIR")
@@ -70,7 +70,7 @@ class CompressOptions:
 
     data_dir: str | None = option(
         None,
-        "folder with train.* and validation.* (csv, json, jsonl, parquet; txt for language-modeling)",
+        "folder with train.* and validation.* (csv, json, jsonl, parquet; txt for language-modeling and mlm)",
         "data",
         metavar="DIR",
     )
@@ -84,8 +84,8 @@ class CompressOptions:
     )
     max_length: int | None = option(
         None,
-        "tokens per example (default: 384 for questions, 512 for summaries and running text, else 128, or what the "
-        "model takes)",
+        "tokens per example (default: 384 for questions, 512 for summaries and language-modeling, else 128, or what "
+        "the model takes)",
         "data",
         metavar="N",
     )

@@ -62,6 +62,7 @@ PIPELINE_TAGS = {
     "question-answering": "question-answering",
     "summarization": "summarization",
     "language-modeling": "text-generation",
+    "masked-language-modeling": "fill-mask",
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -33,6 +33,7 @@ EXAMPLE_SCORES = {
     "question-answering": "F1",
     "summarization": "ROUGE-2",
     "language-modeling": "the mean loss of a block",
+    "masked-language-modeling": "the mean loss of a block's hidden words",
 }
 MARKERS = "osD^vP*X<>"
 TRADE_OFF_CAPTION = (

@@ -278,6 +278,13 @@ print(tokenizer.decode(written[0], skip_special_tokens=True))
 print(tokenizer.decode(written[0], skip_special_tokens=True))
 """,
     ),
+    "masked-language-modeling": (
+        "AutoModelForMaskedLM",
+        '[f"A text with a {tokenizer.mask_token} word."]',
+        """hidden = batch.input_ids[0] == tokenizer.mask_token_id
+print(tokenizer.decode(model(**batch).logits[0, hidden].argmax(-1)))
+""",
+    ),
 }
 _CLASSIFY = ("AutoModelForSequenceClassification", '["a sentence to classify"]', "print(model(**batch).logits)\n")
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import BatchSampler, Sampler
 
-from ..data.tasks import TOKEN_PROBLEMS
+from ..data.masking import NO_WORD
+from ..data.tasks import RUNNING_TEXT_PROBLEMS, TOKEN_PROBLEMS
 from ..data.texts import IGNORED
 from ..models.outputs import PADDING
 
@@ -99,7 +100,7 @@ class Collator:
         problem: labels become float32 for "regression", else int64. For "question-answering", where labels are
             positions and teacher logits are those of every position, starts before ends, padding goes to the end
             whatever the tokenizer prefers. So it does where labels are tokens, which are padded with ``IGNORED``;
-            blocks for "language-modeling" need no token for padding.
+            blocks of running text need no token for padding. Their ``words`` are padded with ``NO_WORD``.
     """
 
     def __init__(self, tokenizer: Any, problem: str) -> None:
@@ -109,8 +110,9 @@ class Collator:
         names = [name for name in self.tokenizer.model_input_names if name in examples[0]]
         spans = self.problem == "question-answering"
         rows = [{name: row[name] for name in names} for row in examples]
-        if self.problem == "language-modeling":
-            batch = {name: _padded([row[name] for row in rows], 0) for name in ("input_ids", "attention_mask")}
+        if self.problem in RUNNING_TEXT_PROBLEMS:
+            fills = {"input_ids": self.tokenizer.pad_token_id or 0, "attention_mask": 0}
+            batch = {name: _padded([row[name] for row in rows], fill) for name, fill in fills.items()}
         else:
             side = "right" if spans or self.problem in TOKEN_PROBLEMS else None
             batch = dict(self.tokenizer.pad(rows, padding_side=side, return_tensors="pt"))
@@ -119,6 +121,8 @@ class Collator:
         elif "labels" in examples[0]:
             dtype = torch.float32 if self.problem == "regression" else torch.int64
             batch["labels"] = torch.tensor([row["labels"] for row in examples], dtype=dtype)
+        if "words" in examples[0]:
+            batch["words"] = _padded([row["words"] for row in examples], NO_WORD)
         if "index" in examples[0]:
             batch["index"] = torch.tensor([row["index"] for row in examples])
         if "teacher_logits" in examples[0]:

@@ -96,7 +96,8 @@ class LayerDistillation:
         self.teacher.eval()
         device = next(self.teacher.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return layer_states(self.teacher(**forward_inputs(self.teacher, batch), output_hidden_states=True))
+            inputs = forward_inputs(self.teacher, batch)
+            return layer_states(self.teacher.base_model(**inputs, output_hidden_states=True))  # without its head
 
     def __call__(self, model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         taught, losses = layer_states(outputs), []

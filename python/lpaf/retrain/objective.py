@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class Objective:
 
     A question is two classifications over the positions of its window, start and end: all terms are means over both.
     Where labels are tokens, every position that has one is a classification over the vocabulary: all terms are means
-    over the tokens of the batch, so that long texts weigh more than short ones.
+    over the tokens of the batch, so that long texts weigh more than short ones; without any label all are 0.
 
     Args:
         problem: "regression" (mean squared error), or another (cross entropy).
@@ -75,14 +76,16 @@ class Objective:
         """Loss and its parts.
 
         Args:
-            logits: [passes * B, C], [passes * B, 2, T] for question answering (``models.outputs.task_logits``), or
-                [passes * B, T, V] for tokens.
-            labels: [B], [B, 2], or [B, T] with ``IGNORED`` where there is none.
-            teacher: logits [B, C], [B, 2, T] or [B, T, V], or None without distillation.
+            logits: [passes * B, C], [passes * B, 2, T] for question answering (``models.outputs.task_logits``),
+                [passes * B, T, V] for tokens, or [passes * R, V] for the R tokens that have labels.
+            labels: [B], [B, 2], [B, T] with ``IGNORED`` where there is none, or [R].
+            teacher: logits [B, C], [B, 2, T], [B, T, V] or [R, V], or None without distillation.
         """
         outputs, labels = _rows(logits).chunk(self.passes), labels.flatten()
-        if self.problem in TOKEN_PROBLEMS:
-            labelled = labels != IGNORED
+        labelled = labels != IGNORED
+        if self.problem in TOKEN_PROBLEMS and not labelled.any():
+            return self.nothing(outputs)
+        if self.problem in TOKEN_PROBLEMS and not labelled.all():
             outputs, labels = [output[labelled] for output in outputs], labels[labelled]
             teacher = None if teacher is None else _rows(teacher)[labelled]
         outputs = [output.float() for output in outputs]
@@ -101,3 +104,9 @@ class Objective:
             parts["consistency"] = consistent.detach()
             loss = loss + self.consistency * consistent
         return loss, parts
+
+    def nothing(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and parts of a batch without labels: 0, with gradients of 0 for all that made the ``outputs``."""
+        loss = 0.0 * torch.stack([output.float().sum() for output in outputs]).sum()
+        wanted = {"task": True, "distillation": self.distill > 0, "consistency": self.passes == 2}
+        return loss, {name: loss.detach() for name, asked in wanted.items() if asked}

@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lpaf_kernels import MixedRankLinear
 
-from ..data.tasks import TOKEN_PROBLEMS
+from ..data.masking import WordMasker, step_draws
+from ..data.tasks import MASKED_LANGUAGE_MODELING, TOKEN_PROBLEMS
 from ..data.texts import IGNORED
 from ..errors import TrainingDivergedError
-from ..models.outputs import forward_inputs, task_logits
+from ..models.outputs import forward_inputs, head_at, logits_at, task_logits
 from ..processes import exchange, from_main, launched, process_place, together
 from .batches import BatchShare, Collator, LengthGroupedSampler
 from .objective import Objective
@@ -91,7 +92,8 @@ def make_optimizer(model: nn.Module, options: TrainOptions, decayed: set[str]) -
 class StageTrainer(Trainer):
     """Trains ``model`` on ``objective``; every loss term, schedule value and rate lands in the log history.
 
-    ``teacher`` is a model that runs beside the trained one where logits are too many to be kept.
+    ``teacher`` is a model that runs beside the trained one where logits are too many to be kept. ``masker`` hides other
+    words of running text in every step; without one they stay as the dataset has them.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class StageTrainer(Trainer):
         options: TrainOptions,
         terms: Sequence[Term] = (),
         teacher: nn.Module | None = None,
+        masker: WordMasker | None = None,
         **kwargs: Any,
     ) -> None:
         self.stage, self.objective, self.options, self.terms = stage, objective, options, terms
+        self.masker = masker
         self.teacher = teacher if objective.distill > 0 else None
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._diverged: torch.Tensor | None = None
@@ -117,6 +121,7 @@ class StageTrainer(Trainer):
         """This process's share of every batch; accelerate's own split would fill the last batch up with examples of
         the first."""
         lengths, batch = list(self.train_dataset["length"]), self.options.batch_size
+        self.longest = max(lengths)
         per_epoch = math.ceil(len(lengths) / batch)
         sampler = LengthGroupedSampler(
             lengths, batch, self.options.seed, epoch=lambda: self.state.global_step // per_epoch
@@ -140,14 +145,23 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One batch, doubled when the objective compares two passes; the objective plus the terms."""
-        batch, inputs = inputs, forward_inputs(self.accelerator.unwrap_model(model), inputs)
+        batch = inputs if self.masker is None else self.hidden_anew(inputs)
+        plain = self.accelerator.unwrap_model(model)
+        inputs = forward_inputs(plain, batch)
         labels, teacher = batch["labels"], batch.get("teacher_logits")
         if self.teacher is not None:
-            teacher = self.taught(inputs)
+            teacher = self.taught(inputs, labels)
         if self.objective.passes == 2:
             inputs |= {name: torch.cat((value, value)) for name, value in inputs.items() if torch.is_tensor(value)}
-        outputs = model(**inputs, **({"output_hidden_states": True} if self.terms else {}))
-        logits = task_logits(outputs, inputs.get("attention_mask"))
+        options = {"output_hidden_states": True} if self.terms else {}
+        if self.objective.problem == MASKED_LANGUAGE_MODELING:
+            positions = (labels != IGNORED).repeat(self.objective.passes, 1)
+            with head_at(plain, positions):
+                outputs = model(**inputs, **options)
+            logits, labels = logits_at(outputs.logits, positions), labels[labels != IGNORED]
+        else:
+            outputs = model(**inputs, **options)
+            logits = task_logits(outputs, inputs.get("attention_mask"))
         loss, parts = self.objective(logits, labels, teacher)
         # Gradients and logs are the means over the processes, whose shares of a short batch differ.
         weight = by_example = self.share.weight(self.state.global_step % len(self.share))
@@ -163,12 +177,25 @@ class StageTrainer(Trainer):
             self._parts.setdefault(name, []).append(part)
         return (loss, outputs) if return_outputs else loss
 
+    def hidden_anew(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of running text with the words hidden that belong to this step."""
+        process, processes = process_place()
+        rows, device = self.options.batch_size, batch["input_ids"].device
+        draws = step_draws(self.options.seed, self.state.global_step, rows, self.longest, device)
+        mine = draws[process::processes][: len(batch["input_ids"])]
+        hidden, labels = self.masker.again(batch["input_ids"], batch["labels"], batch["words"], mine)
+        return {**batch, "input_ids": hidden, "labels": labels}
+
     @torch.no_grad()
-    def taught(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The teacher's logits of a batch."""
+    def taught(self, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits of a batch; of hidden words at their positions only."""
         self.teacher.eval()
         with torch.autocast(inputs["input_ids"].device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
-            return task_logits(self.teacher(**inputs), inputs.get("attention_mask"))
+            if self.objective.problem != MASKED_LANGUAGE_MODELING:
+                return task_logits(self.teacher(**inputs), inputs.get("attention_mask"))
+            positions = labels != IGNORED
+            with head_at(self.teacher, positions):
+                return logits_at(self.teacher(**inputs).logits, positions)
 
     # divergence ------------------------------------------------------------------------------------------------------
 
@@ -220,9 +247,10 @@ class StageTrainer(Trainer):
 
 
 def token_weight(tokens: int) -> float:
-    """By what the mean over this process's ``tokens`` of a batch counts in the mean of all processes' means."""
+    """By what the mean over this process's ``tokens`` of a batch counts in the mean of all processes' means; 0 where
+    none has any."""
     shares = exchange(tokens)
-    return len(shares) * tokens / sum(shares)
+    return len(shares) * tokens / max(sum(shares), 1)
 
 
 class ProgressBar(TrainerCallback):
@@ -294,7 +322,8 @@ def train_stage(
 
     Args:
         stage: name for progress and messages.
-        dataset: tokenised examples with ``length``, ``labels`` and, for distillation, ``teacher_logits``.
+        dataset: tokenised examples with ``length``, ``labels`` and, for distillation, ``teacher_logits``. Of running
+            text with ``words`` other words are hidden in every step.
         directory: where checkpoints go.
         callbacks: schedules of the pruner or of mixed-rank training; what they set as ``progress`` is logged.
         resume: continue from the newest whole checkpoint of ``directory`` if there is one.
@@ -341,6 +370,7 @@ def train_stage(
         options=options,
         terms=terms,
         teacher=teacher,
+        masker=WordMasker.of(tokenizer) if "words" in dataset.column_names else None,
         train_dataset=dataset.add_column("index", list(range(len(dataset)))) if terms else dataset,
         data_collator=collate,
         callbacks=[*(callbacks or []), ProgressBar(stage)],
