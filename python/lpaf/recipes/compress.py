@@ -322,7 +322,7 @@ class Compression:
         prepared, options = self.prepared, self.options
         if prepared.fisher is not None:
             rows, record = prepared.fisher
-            self.findings.fisher = {"source": options.fisher, **record}
+            self.findings.fisher = record | {"source": options.fisher}
             if record.get("model") not in (None, self.sources["weights"]):
                 say(f"--fisher {options.fisher}: was computed with another --model")
         else:
@@ -332,6 +332,7 @@ class Compression:
                 with self.findings.timed("fisher"):
                     rows, found = row_fisher(model, chosen, prepared.tokenizer, prepared.data.spec.problem)
                 origin = {"task": options.task, "model": self.sources["weights"]}
+                origin |= {"finetune_epochs": prepared.finetune_epochs}
                 self.findings.fisher = {"source": COMPUTE, **found, **origin}
                 return rows
 
