@@ -75,6 +75,11 @@ def in_teacher() -> None:
     after(compress, "predict", lambda *_, description="", **__: description == "teacher logits")
 
 
+def in_fisher() -> None:
+    """Die when Fisher information is computed and nothing of it is written."""
+    after(import_module("lpaf.recipes.compress"), "row_fisher")
+
+
 def in_store(stage: str) -> None:
     """Die when the stage is done and half of it is written."""
     from lpaf.recipes import stages
@@ -124,6 +129,8 @@ DEATHS: dict[str, Callable[[], None]] = {
     "prune store": lambda: in_store("prune"),
     "round": lambda: in_step("round-2", 4),
     "round store": lambda: in_store("round-1"),
+    "fisher": in_fisher,
+    "fisher store": lambda: in_store("fisher"),
     "factorize": in_factorize,
     "truncate": in_truncate,
     "retrain": lambda: in_step("retrain", 8),

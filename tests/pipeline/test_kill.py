@@ -61,6 +61,7 @@ def happens(death: str, method: str, pruner: str | None = None) -> bool:
         "prune": not name or not PRUNERS[name].trains,
         "prune store": not name,
         "round": name != "lottery-ticket",
+        "fisher": not chain.by_fisher,
         "factorize": not chain.factorizer,
         "truncate": bool(chain.factorizer) or chain.compact,
     }

@@ -44,6 +44,7 @@ def run_over(
     batch_size: int,
     description: str,
     problem: str = "classification",
+    labelled: bool = False,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What ``read`` makes of every batch with ``model`` in eval mode, on the CPU, and the examples' places.
 
@@ -54,6 +55,7 @@ def run_over(
         dataset: tokenised examples with a ``length`` column.
         read: calls the model on a batch's inputs, which are on its device.
         problem: that of the task, for the padding.
+        labelled: whether batches have ``labels`` also where they are no tokens.
 
     Returns:
         (a tensor for every batch, shortest examples first; the place in ``dataset`` of each of their rows in turn,
@@ -63,7 +65,7 @@ def run_over(
     model.eval()
     device = next(model.parameters()).device
     collate = Collator(tokenizer, problem)
-    names = [*tokenizer.model_input_names, *(["labels"] if problem in TOKEN_PROBLEMS else [])]
+    names = [*tokenizer.model_input_names, *(["labels"] if labelled or problem in TOKEN_PROBLEMS else [])]
     inputs = dataset.select_columns([name for name in names if name in dataset.column_names])
     order = sorted(range(len(dataset)), key=list(dataset["length"]).__getitem__)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,5 +1,5 @@
-"""Replace encoder linears by low-rank factors: plain, mask-weighted or score-weighted SVD (LPAF section 4.2), of the
-matrices or of their outputs on calibration data (:mod:`whitening`)."""
+"""Replace encoder linears by low-rank factors: plain, mask-weighted, score-weighted (LPAF section 4.2) or
+Fisher-weighted SVD (:mod:`fisher`), of the matrices or of their outputs on calibration data (:mod:`whitening`)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lpaf_kernels import LowRankSparseLinear, weighted_singular_values, weighted
 
 from ..models.targets import encoder_linears
 from ..processes import is_main
+from .fisher import fisher_row_weights
 from .processes import Results, eigen_cost, on_all_processes
 from .whitening import input_factor, project
 
-WEIGHTINGS = ("none", "mask", "scores")
+WEIGHTINGS = ("none", "mask", "scores", "fisher")
 #: Weights that are factorised in one call: the memory that it takes, and how often the progress bar moves.
 CHUNK = 1 << 23
 
@@ -61,11 +62,19 @@ def check_weighting(weighting: str) -> None:
 def row_weights(
     weighting: str, weight: torch.Tensor, scores: torch.Tensor | None = None, root: bool = True
 ) -> torch.Tensor | None:
-    """The row weights d [n] of a matrix ``weight`` [n, m] under one of ``WEIGHTINGS``; None for "none"."""
+    """The row weights d [n] of a matrix ``weight`` [n, m] under one of ``WEIGHTINGS``; None for "none".
+
+    Args:
+        scores: [n, m] for "scores"; the row sums [n] of the Fisher information for "fisher".
+    """
     if weighting == "scores":
         if scores is None:
             raise ValueError("weighting: 'scores' needs the scores of a first-order pruner")
         return score_row_weights(scores, root)
+    if weighting == "fisher":
+        if scores is None:
+            raise ValueError("weighting: 'fisher' needs the row sums of the Fisher information")
+        return fisher_row_weights(scores)
     if weighting == "mask":
         return mask_row_weights(weight, root)
     return None
@@ -102,7 +111,8 @@ class Matrices:
 
     Args:
         model: its encoder linears are dense, pruned or not, and the same in every process.
-        scores: matrix name -> scores [n, m] of a first-order pruner; for "scores" only.
+        scores: matrix name -> scores [n, m] of a first-order pruner, for "scores"; row sums [n] of the Fisher
+            information (:class:`fisher.RowFisher`), for "fisher".
         weighting, root: see :class:`SVDFactorizer`.
         moments: matrix name -> second moment [m, m] of its inputs; None, or none for a matrix: all inputs count alike.
     """
@@ -195,7 +205,8 @@ class SVDFactorizer:
 
     Args:
         rank: rank of every matrix, or matrix name -> rank.
-        weighting: "scores" (needs the pruner's scores), "mask" (needs a pruned model) or "none".
+        weighting: "scores" (needs the pruner's scores), "mask" (needs a pruned model), "fisher" (needs Fisher
+            information) or "none".
         root: see :func:`score_row_weights`.
     """
 
@@ -216,7 +227,7 @@ class SVDFactorizer:
         same factors; ``model``, ``scores`` and ``moments`` must be the same in all of them.
 
         Args:
-            scores: matrix name -> scores [n, m]; for "scores".
+            scores: matrix name -> scores [n, m], for "scores"; row sums [n], for "fisher".
             moments: matrix name -> second moment [m, m] of its inputs (``InputMoments.by_linear``): the outputs on
                 these are approximated instead of the matrix. A matrix that has none is approximated itself.
         """

@@ -41,7 +41,7 @@ def check_calibration(options: CompressOptions, factorizes: bool) -> None:
     elif not factorizes:
         raise InputError(
             f"--calibration {options.calibration}: --method {options.method} factorises nothing; leave it out, or pass "
-            "--method svd, lpaf or low-rank-1"
+            "--method svd, fwsvd, lpaf or low-rank-1"
         )
 
 

@@ -45,7 +45,8 @@ from ..retrain.objective import Objective
 from ..retrain.trainer import Term, TrainOptions, train_stage
 from .calibrate import calibration_fingerprint, choose, input_moments
 from .fingerprints import weights_fingerprint
-from .options import INDEPENDENT, RUN_OPTIONS, CompressOptions
+from .fisher import SAMPLES, fisher_fingerprint, row_fisher, save_fisher
+from .options import COMPUTE, INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
 from .pruning import make_pruner, score_init, score_lr
 from .record import Findings, run_record
@@ -81,7 +82,7 @@ class Compression:
         processes = process_place()[1]
         settings = options.to_dict(without=RUN_OPTIONS) | self.sources
         settings |= {"processes": processes, "force": options.forced}
-        settings |= {"calibration_data": calibration_fingerprint(options)}
+        settings |= {"calibration_data": calibration_fingerprint(options), "fisher_data": fisher_fingerprint(options)}
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)
@@ -206,6 +207,8 @@ class Compression:
                 settings |= {"ratio": self.options.ratio}
             if self.prepared.neurons is not None:
                 settings |= {"ranks": self.prepared.neurons.ranks, "keep": self.prepared.neurons.keep}
+        if kind == "fisher":
+            settings |= {"fisher_samples": self.options.fisher_samples or SAMPLES}
         return stage_key(settings)
 
     # stages ---------------------------------------------------------------------------------------------------------
@@ -314,6 +317,31 @@ class Compression:
                 self.moments, found = input_moments(model, self.calibration, prepared.tokenizer, problem)
             self.calibrated = {"source": self.options.calibration, **found}
 
+    def fisher(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The Fisher information of the rows of ``model``'s encoder matrices, given or computed."""
+        prepared, options = self.prepared, self.options
+        if prepared.fisher is not None:
+            rows, record = prepared.fisher
+            self.findings.fisher = record | {"source": options.fisher}
+            if record.get("model") not in (None, self.sources["weights"]):
+                say(f"--fisher {options.fisher}: was computed with another --model")
+        else:
+
+            def work() -> Tensors:
+                chosen = sampled(self.train, options.fisher_samples or SAMPLES, options.seed)
+                with self.findings.timed("fisher"):
+                    rows, found = row_fisher(model, chosen, prepared.tokenizer, prepared.data.spec.problem)
+                origin = {"task": options.task, "model": self.sources["weights"]}
+                origin |= {"finetune_epochs": prepared.finetune_epochs}
+                self.findings.fisher = {"source": COMPUTE, **found, **origin}
+                return rows
+
+            rows = self.once("fisher", work)
+            if options.save_fisher is not None:
+                record = {name: value for name, value in self.findings.fisher.items() if name != "source"}
+                from_main(lambda: save_fisher(Path(options.save_fisher), rows, record))
+        return {name: rows[name].to(prepared.device) for name in matrix_shapes(model)}
+
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
         prepared, shapes = self.prepared, matrix_shapes(model)
@@ -410,18 +438,19 @@ class Compression:
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
         self.calibrate(sparse)
+        information = self.fisher(sparse) if self.prepared.method.by_fisher else scores
         if self.prepared.method.compact:
             model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set, before="pruned")
         elif self.prepared.layers is not None:
             model, factorized = self.retrained(*self.truncate(sparse), train_set, before="factorized")
         else:
-            ranks = self.ranks(sparse, scores)
+            ranks = self.ranks(sparse, information)
             if self.mixed_rank_p is None:
                 ratio = rank_params(ranks, matrix_shapes(sparse)) / encoder_params(dense)
                 self.mixed_rank_p = default_mixed_rank_p(ratio)
-            model, factorized = self.shrink(sparse, scores, train_set, ranks)
+            model, factorized = self.shrink(sparse, information, train_set, ranks)
         others = {
-            name: self.shrink(sparse, scores, train_set, dict.fromkeys(matrix_shapes(sparse), rank), f"-{name}")[0]
+            name: self.shrink(sparse, information, train_set, dict.fromkeys(matrix_shapes(sparse), rank), f"-{name}")[0]
             for name, rank in (controls or {}).items()
         }
 

@@ -9,9 +9,12 @@ from typing import Any
 from ..errors import InputError
 from ..prune import PRUNERS
 from .calibrate import check_calibration, check_retraining
-from .options import LAYER_WISE, CompressOptions, given_flags
+from .fisher import check_fisher
+from .options import FISHER_OPTIONS, LAYER_WISE, CompressOptions, given_flags
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
+#: the weighting by Fisher information
+FISHER = "fisher"
 #: options of what follows pruning where matrices are factorised
 FACTORING = ("weighting", "mixed_rank", "mixed_rank_p", "consistency")
 
@@ -29,7 +32,7 @@ class Method:
         proportional: whether ``--ratio`` gives every matrix ranks in proportion to its size, instead of one rank.
         low_rank_share: share of the weights for U V: None takes that of ``--low-rank-share``, 0 leaves U V out, 1
             gives it all of ``--ratio``. For a pruner that takes it.
-        weighting: row weights of the factoriser: "none", "mask" or "scores".
+        weighting: row weights of the factoriser: "none", "mask", "scores", or "fisher", which no option changes.
         retrainer: name in ``lpaf.retrain.RETRAINERS``.
         consistency: whether retraining compares two passes.
         distill: whether the dense model teaches.
@@ -69,9 +72,10 @@ class Method:
         if options.layer_wise and not self.distill:
             raise InputError(f"--distill layer: --method {self.name} has no teacher; leave it out, or pass --method kd")
         weighting = self.weighting
-        if weighting != "none":
+        if weighting not in ("none", FISHER):
             weighting = options.weighting if pruner else "none"
         check_calibration(options, self.factorizer is not None)
+        check_fisher(options, self.by_fisher)
         check_retraining(options, pruner)
         return replace(
             self,
@@ -81,11 +85,18 @@ class Method:
             consistency=self.consistency and options.consistency,
         )
 
+    @property
+    def by_fisher(self) -> bool:
+        """Whether the factoriser weighs rows by their Fisher information."""
+        return self.weighting == FISHER
+
     def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        """The options about pruning and the teacher that mean nothing to a run of this method with ``settings``."""
+        """The options about pruning, the teacher and Fisher information that mean nothing to a run of this method with
+        ``settings``."""
         untaught = () if self.distill else ("distill", *LAYER_WISE)
+        unused = (*untaught, *(("weighting",) if self.by_fisher else FISHER_OPTIONS))
         if self.pruner is None or settings.get("prune") is False:
-            return (*PRUNER_OPTIONS, *untaught)
+            return (*PRUNER_OPTIONS, *unused)
         pruner = settings.get("pruner") or self.pruner
         if self.compact:
             pruner = self.pruner
@@ -99,7 +110,7 @@ class Method:
             idle += (*chosen, *FACTORING)
         if self.low_rank_share is not None and "low_rank_share" not in idle:
             idle.append("low_rank_share")
-        return (*idle, *untaught)
+        return (*idle, *unused)
 
 
 METHODS = {
@@ -119,6 +130,13 @@ METHODS = {
             "truncated SVD of the fine-tuned model, then as many updates of retraining (Ben Noach and Goldberg, 2020)",
             pruner=None,
             factorizer="svd",
+        ),
+        Method(
+            "fwsvd",
+            "svd with the rows of every matrix weighted by their Fisher information (Hsu et al., 2022)",
+            pruner=None,
+            factorizer="svd",
+            weighting=FISHER,
         ),
         Method(
             "losparse",

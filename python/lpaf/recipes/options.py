@@ -20,8 +20,14 @@ LAYER = "layer"
 #: options of --distill layer -> LoSparse's choice for most tasks (Tables 12 and 13: alpha_output, alpha_layer)
 LAYER_WISE = {"distill_output": 0.0, "distill_layer": 15.0}
 
+#: values of --weighting: those that need no data
+ROW_WEIGHTINGS = tuple(name for name in WEIGHTINGS if name != "fisher")
 #: the value of --calibration that means the training set
 CALIBRATE_ON_TRAINING = "train"
+#: the value of --fisher that means on the training set
+COMPUTE = "compute"
+#: fields about Fisher information
+FISHER_OPTIONS = ("fisher", "fisher_samples", "save_fisher")
 
 
 def option(default: Any, text: str, group: str, **extra: Any) -> Any:
@@ -99,6 +105,22 @@ class CompressOptions:
     )
     calibration_samples: int | None = option(
         None, "use at most N examples of --calibration (seeded choice; default: 256)", "data", metavar="N"
+    )
+
+    fisher: str | None = option(
+        None,
+        "fwsvd: file of Fisher information that --save-fisher wrote, or compute (default): on the training set",
+        "data",
+        metavar="FILE|compute",
+    )
+    fisher_samples: int | None = option(
+        None,
+        "fwsvd: compute it on at most N training examples, windows or blocks (seeded choice; default: 256)",
+        "data",
+        metavar="N",
+    )
+    save_fisher: str | None = option(
+        None, "fwsvd: also write the computed Fisher information here (safetensors)", "data", metavar="FILE"
     )
 
     doc_stride: int | None = option(
@@ -236,7 +258,7 @@ class CompressOptions:
     prune_warmup: float = option(0.1, "share of pruning updates before it starts", "method", metavar="X")
     prune_cooldown: float = option(0.3, "share of pruning updates at the final share", "method", metavar="X")
     prune: bool = option(True, "skip pruning (its updates go to retraining)", "method", negate=True)
-    weighting: str = option("scores", "row weights of the SVD", "method", choices=WEIGHTINGS)
+    weighting: str = option("scores", "row weights of the SVD", "method", choices=ROW_WEIGHTINGS)
     mixed_rank: bool = option(True, "retrain the factors alone, without the sparse matrices", "method", negate=True)
     mixed_rank_p: float | None = option(
         None, "first probability of the sparse path (default: by rank)", "method", metavar="P"
@@ -268,7 +290,7 @@ class CompressOptions:
                     raise InputError(f"{flag(field.name)} {value}: must be a finite number")
                 object.__setattr__(self, field.name, float(value))  # 2 and 2.0 are the same run
         positive = ("batch_size", "max_length", "bench_batch", "bench_length", "max_train_samples")
-        positive += ("prune_interval", "rounds", "calibration_samples")
+        positive += ("prune_interval", "rounds", "calibration_samples", "fisher_samples")
         for name in (*positive, "finetune_lr", "prune_lr", "score_lr", "retrain_lr", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -341,6 +363,11 @@ class CompressOptions:
         return None if self.calibration == CALIBRATE_ON_TRAINING else self.calibration
 
     @property
+    def fisher_file(self) -> str | None:
+        """The file of ``fisher``, where it is not to be computed."""
+        return None if self.fisher == COMPUTE else self.fisher
+
+    @property
     def trains(self) -> bool:
         """Whether fine-tuning or retraining may train; a pruner may in any case."""
         return self.finetune_epochs != 0 or self.retrain_epochs != 0
@@ -359,6 +386,7 @@ class CompressOptions:
 RUN_OPTIONS = (
     "output",
     "save_dense",
+    "save_fisher",
     "stages",
     "resume",
     "overwrite",
@@ -368,7 +396,7 @@ RUN_OPTIONS = (
     "force",
 )
 #: options that name what a run reads: its content counts, not where it lies
-PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file", "calibration")
+PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file", "calibration", "fisher")
 #: options that no stage before retraining depends on
 RETRAIN_OPTIONS = (
     "method",
@@ -377,6 +405,8 @@ RETRAIN_OPTIONS = (
     "rank_error",
     "calibration",
     "calibration_samples",
+    "fisher",
+    "fisher_samples",
     "retrain_epochs",
     "retrain_lr",
     "weighting",
@@ -414,6 +444,7 @@ PRUNE_OPTIONS = (
 INDEPENDENT = {
     "finetune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
     "teacher": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "fisher": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
     "prune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
     "round": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import set_seed
@@ -25,6 +26,7 @@ from ..models.truncate import layers_for_ratio
 from ..processes import main_first, process_place, start, together
 from ..prune import PRUNERS
 from .calibrate import load_calibration
+from .fisher import load_fisher
 from .methods import Method, get_method
 from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields, text_fields
 from .pruning import budget_of
@@ -42,7 +44,8 @@ class Prepared:
     they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
     ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
     ``bench_length``: the length of the latency and FLOP figures, as far as the model takes so many tokens.
-    ``calibration``: the examples of the file that ``--calibration`` names.
+    ``calibration``: the examples of the file that ``--calibration`` names. ``fisher``: row sums and record of the file
+    that ``--fisher`` names.
     """
 
     options: CompressOptions
@@ -62,6 +65,7 @@ class Prepared:
     device: str
     bench_length: int
     calibration: Dataset | None = None
+    fisher: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
 
 
 def default_mixed_rank_p(ratio: float) -> float:
@@ -162,6 +166,9 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         budget = resolve_budget(shapes, options.ratio, options.force)
     elif options.rank_error is None:
         rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
+    fisher = None
+    if options.fisher_file is not None:
+        fisher = load_fisher(Path(options.fisher_file), {name: shape[0] for name, shape in shapes.items()})
     epochs = options.finetune_epochs
     if epochs is None:
         # a language model's head is trained whatever it was trained on
@@ -190,6 +197,7 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         device=device,
         bench_length=min(options.bench_length, most_tokens(config) or options.bench_length),
         calibration=calibration,
+        fisher=fisher,
     )
 
 
@@ -205,9 +213,10 @@ def check_structures(model: nn.Module, method: Method, options: CompressOptions)
 
 
 def reads_training_data(options: CompressOptions, method: Method) -> bool:
-    """Whether anything is trained, or calibrated on the training set."""
+    """Whether anything is trained on the training set, calibrated, or asked for its Fisher information."""
     pruned = method.pruner is not None and PRUNERS[method.pruner].trains
-    return options.trains or pruned or options.calibration == CALIBRATE_ON_TRAINING
+    informs = method.by_fisher and options.fisher_file is None
+    return options.trains or pruned or informs or options.calibration == CALIBRATE_ON_TRAINING
 
 
 def needs_pretrained(method: Method, prune_from: str) -> bool:

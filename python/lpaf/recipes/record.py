@@ -40,6 +40,8 @@ class Findings:
         #: training stage -> what it logged
         self.history: dict[str, list[dict[str, float]]] = {}
         self.seconds: dict[str, float] = {}
+        #: what Fisher information was computed on
+        self.fisher: dict[str, Any] = {}
         #: "stage.split" -> score of every example, float32 [N]
         self.examples: dict[str, torch.Tensor] = {}
 
@@ -72,7 +74,7 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """All but ``examples``, which are tensors."""
-        return {"details": self.details, "history": self.history, "seconds": self.seconds}
+        return {"details": self.details, "history": self.history, "seconds": self.seconds, "fisher": self.fisher}
 
     def restore(self, record: Mapping[str, Any], examples: Mapping[str, torch.Tensor]) -> None:
         """Add what :meth:`to_json` gave an earlier run, and its examples."""
@@ -159,6 +161,7 @@ def run_record(
         },
         "rank": ranks,
         "calibration": calibrated,
+        "fisher": findings.fisher or None,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},
         "versions": versions(),

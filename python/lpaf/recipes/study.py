@@ -57,6 +57,7 @@ from ..report.study import Cell, Outcome, write_study
 from .calibrate import calibration_fingerprint
 from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
+from .fisher import fisher_fingerprint
 from .methods import METHODS, get_method
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .prepare import check_method_size
@@ -68,7 +69,7 @@ WEIGHTS = "model.safetensors"
 SECTIONS = ("extends", "title", "against", "scored", "keep_models", "options", "grid", "methods", "tune")
 SCORED = ("factorized", "compressed")
 #: options that the study sets itself
-OWN = ("output", "stages", "resume", "overwrite", "save_dense")
+OWN = ("output", "stages", "resume", "overwrite", "save_dense", "save_fisher")
 BUSY_SECONDS = 5.0
 
 Settings = dict[str, Any]
@@ -264,6 +265,7 @@ class Run:
             "weights": weights_fingerprint(options.model),
             "data": files_fingerprint(options),
             "calibrated": calibration_fingerprint(options) or options.calibration,
+            "fisher_data": fisher_fingerprint(options),
             "force": options.forced,
             "version": lpaf_kernels.__version__,
             "processes": processes if processes > 1 else None,

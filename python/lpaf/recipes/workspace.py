@@ -162,6 +162,19 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
         raise InputError(f"{flag} {output}: {parent} is not writable; pass a directory you may write to")
 
 
+def check_new_file(path: Path, overwrite: bool, flag: str) -> None:
+    """Raise InputError unless ``path`` can become a new file; writes nothing."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a directory; pass a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{flag} {path}: exists; pass --overwrite to replace it")
+    parent = _existing_parent(path)
+    if not parent.is_dir():
+        raise InputError(f"{flag} {path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {parent} is not writable; pass a place where you may write")
+
+
 def explain_os_error(error: Exception, output: Path) -> InputError | None:
     """The one-line message for a full or read-only disk met while writing, or None for any other error."""
     text = str(error)

@@ -21,6 +21,7 @@ from lpaf.report.summary import (
 METHODS = {
     "lpaf": "LPAF: first-order pruning, low-rank factorization of the sparse matrices, mixed-rank training",
     "svd": "truncated singular value decomposition of the fine-tuned matrices, then fine-tuning",
+    "fwsvd": "truncated singular value decomposition weighted by Fisher information, then fine-tuning",
     "truncate": "the first layers of the fine-tuned model, fine-tuned again",
     "kd": "the first layers of the fine-tuned model, trained on its logits (knowledge distillation)",
     "losparse": "LoSparse: low-rank plus sparse matrices, neurons pruned by importance, then fine-tuning",
@@ -35,6 +36,7 @@ METHODS = {
 WITHOUT_RETRAINING = {
     "lpaf": "LPAF without retraining: first-order pruning, low-rank factorization of the sparse matrices",
     "svd": "truncated singular value decomposition of the matrices, without training",
+    "fwsvd": "truncated singular value decomposition weighted by Fisher information, without training",
     "losparse": "LoSparse without retraining: low-rank plus sparse matrices, neurons pruned by importance",
     "itp": "iterative structured pruning of neurons by importance",
     "movement-structured": "structured movement pruning of neurons",
@@ -47,6 +49,7 @@ WITHOUT_RETRAINING = {
 TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
+    "fwsvd": ("low-rank", "svd", "fisher-information"),
     "truncate": ("truncated",),
     "losparse": ("low-rank", "pruning", "structured-pruning"),
     "itp": ("pruning", "structured-pruning"),
@@ -125,6 +128,16 @@ def calibration_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def fisher_lines(report: Mapping[str, Any]) -> list[str]:
+    """What rows were weighted by, where that was Fisher information."""
+    found = report.get("fisher")
+    if not found:
+        return []
+    where = "of the training set" if found["source"] == "compute" else f"({_code(found['source'])})"
+    examples = f"on {found['examples']} examples {where}" if "examples" in found else f"from a file {where}"
+    return [f"- Rows weighted by the Fisher information of their weights {examples}"]
+
+
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card of one compression run as Markdown with YAML front matter."""
     matter = yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True, width=1000)
@@ -138,6 +151,7 @@ def render_card(report: Mapping[str, Any]) -> str:
         f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
         f"- Method: {_cell(methods.get(method, method))}",
         *calibration_lines(report),
+        *fisher_lines(report),
         f"- Seed: {_one_line(report['seed'])}",
         "- Versions: " + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),
     ]

@@ -36,6 +36,22 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
     return logits.flatten(0, -2)
 
 
+def example_losses(logits: torch.Tensor, labels: torch.Tensor, problem: str) -> torch.Tensor:
+    """-log P(labels) of every example in nats, at least float32 [B]: what the task loss is a mean of, summed over an
+    example's decisions (start and end of an answer; the tokens that have labels). Squared error for regression: -log P
+    of a Gaussian of variance 1/2, up to a constant.
+
+    Args:
+        logits: [B, C], [B, 2, T] or [B, T, V]; see :class:`Objective`.
+        labels: [B], [B, 2], or [B, T] with ``IGNORED`` where there is none.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem == "regression":
+        return (logits.squeeze(-1) - labels).square()
+    losses = F.cross_entropy(_rows(logits), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(len(labels), -1).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Objective:
     """Which terms a training stage adds up.
