@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_compress_help_names_every_option_and_method(capsys):
     for name, field in CompressOptions.__dataclass_fields__.items():
         expected = f"--no-{flag(name)[2:]}" if field.metadata.get("negate") else flag(name)
         assert expected in text
-    assert all(name in text for name in METHODS)
+    text = re.sub(r"-\n\s+", "-", text)  # a line may end at a hyphen
+    assert [name for name in METHODS if name not in text] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

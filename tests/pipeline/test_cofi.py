@@ -582,7 +582,8 @@ class TestCheckpoint:
         config = json.loads((directory / "config.json").read_text())
         config["quantization_config"]["layers"]["encoder.layer.0"] = [1, 6]
         (directory / "config.json").write_text(json.dumps(config))
-        with pytest.raises((InputError, RuntimeError)):
+        # transformers' own refusal, or where it lets such tensors pass, ours
+        with pytest.raises((InputError, RuntimeError), match=r"ignore_mismatched_sizes|its configuration asks for"):
             AutoModelForSequenceClassification.from_pretrained(directory)
 
     def test_missing_tensor_is_refused(self, tmp_path):

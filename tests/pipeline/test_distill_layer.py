@@ -366,3 +366,9 @@ def test_defaults_of_the_paper_are_the_same_run():
     implied = CompressOptions("m", "sst2", "out", distill="layer")
     assert implied == CompressOptions("m", "sst2", "out", distill="layer", distill_output=0, distill_layer=15)
     assert CompressOptions("m", "sst2", "out").distill_layer is None
+
+
+def test_a_temperature_without_logits_is_refused():
+    with pytest.raises(InputError, match="--temperature: is for logits, which --distill layer leaves out"):
+        CompressOptions("m", "sst2", "out", distill="layer", temperature=3.0)
+    CompressOptions("m", "sst2", "out", distill="layer", distill_output=1.0, temperature=3.0)

@@ -493,7 +493,8 @@ def test_file_says_what_it_is_of(mood, computed):
         record = json.loads(file.metadata()[METADATA])
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         assert file.get_tensor("bert.embeddings.word_embeddings").dtype == torch.float64
-    assert record.keys() == {"schema", "examples", "tokens", "loss", "batched", "task", "model"}
+    names = {"schema", "examples", "tokens", "loss", "batched", "task", "model", "finetune_epochs"}
+    assert record.keys() == names
     assert record["schema"] == 1
     assert record["task"] == "text-classification"
     assert {name: report["fisher"][name] for name in record if name != "schema"} == {

@@ -125,6 +125,7 @@ def synthetic(pruned: bool = True, model: str = "owner/tiny-bert") -> tuple[dict
             "batch": 8,
             "length": 128,
             "device": "cpu",
+            "device_type": "cpu",
             "dtype": "float32",
             "threads": 2,
             "p20": {"dense": 80.0, "compressed": 37.5},
@@ -462,6 +463,14 @@ def test_metric_change_by_kind_of_metric():
     assert summary.metric_change("perplexity", 0.5, 0.6) == "+0.1000"
     assert summary.metric_change("matthews_correlation", -0.1, 0.2) == "+0.3000"
     assert summary.metric_change("accuracy", None, 0.2) == "-"
+
+
+def test_latency_names_processor_and_threads(run):
+    report = copy.deepcopy(run[0])
+    report["latency_ms"] |= {"device": "AMD EPYC", "device_type": "cpu"}
+    assert summary.latency_conditions(report) == "batch 8, length 128, AMD EPYC float32, 2 threads"
+    report["latency_ms"] |= {"device": "NVIDIA H100", "device_type": "cuda"}
+    assert "threads" not in summary.latency_conditions(report)
 
 
 def test_headline_without_dense_numbers(run):

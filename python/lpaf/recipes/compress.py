@@ -361,6 +361,7 @@ class Compression:
                 with self.findings.timed("fisher"):
                     rows, found = row_fisher(model, chosen, prepared.tokenizer, prepared.data.spec.problem)
                 origin = {"task": options.task, "model": self.sources["weights"]}
+                origin |= {"finetune_epochs": prepared.finetune_epochs}
                 self.findings.fisher = {"source": COMPUTE, **found, **origin}
                 return rows
 

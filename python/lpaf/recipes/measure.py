@@ -37,6 +37,7 @@ def latency_record(models: Mapping[str, nn.Module], batch: int, length: int, rou
         "batch": batch,
         "length": length,
         "device": device_name(parameter.device),
+        "device_type": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "median": {name: value.median for name, value in times.items()},

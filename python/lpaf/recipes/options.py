@@ -368,6 +368,11 @@ class CompressOptions:
                 object.__setattr__(self, name, default)  # left out or given, it is the same run
         if self.layer_wise and not self.distill_output + self.distill_layer > 0:
             raise InputError(f"--distill {LAYER}: its weights are both 0; pass --distill 0 to train without a teacher")
+        if self.layer_wise and not self.distill_output:
+            for name in given_flags(self, ("temperature",)):
+                raise InputError(
+                    f"{name}: is for logits, which --distill {LAYER} leaves out; pass --distill-output as well"
+                )
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"--keep {self.keep:g}: must be in (0, 1]")
         if not 0.0 < self.threshold < 1.0:

@@ -132,14 +132,14 @@ def command_text(command: Any) -> str:
 
 
 def latency_conditions(report: Mapping[str, Any]) -> str:
-    """What the latency was measured on: 'batch 8, length 128, cpu float32, 2 threads'."""
+    """What the latency was measured on: 'batch 8, length 128, AMD EPYC float32, 2 threads'."""
     latency = report["latency_ms"]
     parts = [
         f"batch {latency['batch']}",
         f"length {latency['length']}",
         f"{latency['device']} {latency['dtype']}",
     ]
-    if str(latency["device"]).startswith("cpu"):
+    if str(latency.get("device_type", latency["device"])).startswith("cpu"):
         parts.append(f"{latency['threads']} threads")
     return ", ".join(parts)
 
