@@ -7,6 +7,8 @@ import torch
 from ._library import NATIVE
 from ._version import __version__
 from .nn.decoded_embedding import DecodedEmbedding
+from .nn.decoded_linear import DecodedLinear
+from .nn.decoded_output import DecodedOutput
 from .nn.fold import fold_kept
 from .nn.fuse import fuse, unfuse
 from .nn.graphed import GraphRunner
@@ -36,6 +38,8 @@ from .tuning.dispatch import explain, use_provider
 
 __all__ = [
     "DecodedEmbedding",
+    "DecodedLinear",
+    "DecodedOutput",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._library import has_kernel, library, register_autocast, register_fallback
 from ..tuning import decoded_embedding as plans
 from ._checks import check_device, check_floating, check_integer, check_shape
+from .lowrank_sparse_linear import is_eager
 
 Layer = tuple[Tensor, Tensor | None]
 
@@ -20,6 +22,10 @@ MAX_HIDDEN = 2
 # torch's default slope below 0; csrc/cpu/elementwise_kernels.cpp and triton/decoded_embedding.py have it too.
 SLOPE = 0.01
 _HAS_NATIVE = has_kernel("decoded_embedding_forward", "CPU")
+_native_forward = torch.ops.lpaf_kernels.decoded_embedding_forward.default
+# On a CPU backward computes with distinct ids where they are at most this share of all: finding and summing them costs
+# about as much as the rest of the rows would.
+_DISTINCT_SHARE = 0.75
 
 
 def decoded_embedding(
@@ -55,25 +61,39 @@ def decoded_embedding(
         IndexError: an id out of range, on the CPU. On a GPU nothing waits to see it: the kernel gives a row of NaN,
             torch's own gather stops the device.
     """
+    if _HAS_NATIVE and not torch.is_grad_enabled():
+        # The kernel checks its arguments itself, in less time than it takes here. What it refuses comes to the checks
+        # below, which say why.
+        try:
+            tensors = _flat(decoder)
+            if (
+                is_eager(ids, latent, *tensors, norms)
+                and ids.is_cpu
+                and latent is not None
+                and latent.dtype == torch.float32
+                and all(weight is not None for weight, _ in decoder)
+                and (padding_idx is None or (type(padding_idx) is int and 0 <= padding_idx < latent.shape[0]))
+            ):
+                return _native_forward(ids, latent, *tensors, norms)
+        except (RuntimeError, TypeError, ValueError):
+            pass
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
-    check_floating("latent", latent)
-    if latent.dim() != 2 or latent.shape[1] == 0:
-        raise ValueError(f"latent: expected shape [vocab, k] with k of at least 1, got {list(latent.shape)}")
+    check_latent(latent)
     check_device("ids", ids, latent, "latent")
-    layers = check_decoder(decoder, latent)
+    tensors = _flat(check_decoder(decoder, latent))
     if norms is not None:
-        _check_like("norms", norms, latent)
-        check_shape("norms", norms, latent.shape[0], because="the rows of latent")
+        check_per_row("norms", norms, latent)
     if padding_idx is not None:
         check_integer("padding_idx", padding_idx, 0, latent.shape[0] - 1)
-    tensors = [tensor for layer in layers for tensor in layer]
-    tensors += [None] * (2 * (1 + MAX_HIDDEN) - len(tensors))
-    return torch.ops.lpaf_kernels.decoded_embedding(
-        ids, latent, *tensors, norms, -1 if padding_idx is None else padding_idx
-    )
+    arguments = (ids, latent, *tensors, norms, -1 if padding_idx is None else padding_idx)
+    if is_eager(ids, latent, *tensors, norms):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (latent, *tensors, norms)):
+            return _Eager.apply(*arguments)
+        return _implementation(latent)(*arguments)
+    return torch.ops.lpaf_kernels.decoded_embedding(*arguments)
 
 
 def decoded_embedding_reference(
@@ -101,6 +121,19 @@ def decoded_embedding_reference(
     if padding_idx is not None:
         y = torch.where((ids == padding_idx)[..., None], y.detach(), y)
     return y
+
+
+def check_latent(latent: Tensor) -> None:
+    """Raise unless ``latent`` is [vocab, k] with k of at least 1."""
+    check_floating("latent", latent)
+    if latent.dim() != 2 or latent.shape[1] == 0:
+        raise ValueError(f"latent: expected shape [vocab, k] with k of at least 1, got {list(latent.shape)}")
+
+
+def check_per_row(name: str, tensor: Tensor, latent: Tensor) -> None:
+    """Raise unless ``tensor`` has a number for each row of ``latent`` [vocab, k]."""
+    _check_like(name, tensor, latent)
+    check_shape(name, tensor, latent.shape[0], because="the rows of latent")
 
 
 def check_decoder(decoder: Sequence[Layer], latent: Tensor) -> list[Layer]:
@@ -146,6 +179,12 @@ def _rescale(decoded: Tensor, ids: Tensor, norms: Tensor) -> tuple[Tensor, Tenso
     return norms[ids][:, None] / length, length
 
 
+def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Weight and bias of each layer in turn, then None for the layers that a decoder of fewer lacks."""
+    tensors = [tensor for weight, bias in layers for tensor in (weight, bias)]
+    return tensors + [None] * (2 * (1 + MAX_HIDDEN) - len(tensors))
+
+
 def _layers(*tensors: Tensor | None) -> list[Layer]:
     return [layer for layer in zip(tensors[::2], tensors[1::2]) if layer[0] is not None]
 
@@ -182,11 +221,15 @@ def _check_range(ids: Tensor, vocabulary: int) -> None:
 
 
 def _decoded_embedding(ids: Tensor, latent: Tensor, *rest: Tensor | int | None) -> Tensor:
-    _check_range(ids, latent.shape[0])
     tensors = rest[:-1]  # the padding index only matters to gradients
-    if latent.dtype == torch.float32:
-        return torch.ops.lpaf_kernels.decoded_embedding_forward(ids, latent, *tensors)
-    return _forward_by_torch(ids, latent, *tensors)
+    if not _HAS_NATIVE or latent.dtype != torch.float32:
+        _check_range(ids, latent.shape[0])
+        return _forward_by_torch(ids, latent, *tensors)
+    try:
+        return _native_forward(ids, latent, *tensors)
+    except (RuntimeError, ValueError):
+        _check_range(ids, latent.shape[0])  # says it as an IndexError
+        raise
 
 
 def _cuda_forward(ids: Tensor, latent: Tensor, *rest: Tensor | int | None) -> Tensor:
@@ -210,6 +253,12 @@ def _gradients(
     grad = grad.reshape(flat.shape[0], layers[-1][0].shape[1])
     if padding_idx >= 0:
         grad = grad.masked_fill((flat == padding_idx)[:, None], 0)
+    # Positions of one id have the same row, so their gradients may be summed before they go through the decoder. On a
+    # GPU the number of distinct ids would have to be waited for; in 16 bits the sums would be rounded too often.
+    if flat.is_cpu and grad.dtype in (torch.float32, torch.float64):
+        distinct, place = flat.unique(return_inverse=True)
+        if distinct.shape[0] < _DISTINCT_SHARE * flat.shape[0]:
+            grad, flat = _sum_by_id(grad, place, distinct.shape[0], -1), distinct
     rows = F.embedding(flat, latent)
     if len(layers) > 1:
         F.leaky_relu_(rows, SLOPE)
@@ -259,19 +308,42 @@ def _gradients_fake(grad, ids, latent, *rest):
     )
 
 
+def _implementation(latent: Tensor) -> Callable:
+    return _cuda_forward if latent.is_cuda else _decoded_embedding
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's autograd without the dispatcher, whose Python round trips cost more than a small decoder does."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.padding_idx = arguments
+        ctx.save_for_backward(*tensors)
+        return _implementation(tensors[1])(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        backward = _gradients if is_eager(grad) else torch.ops.lpaf_kernels.decoded_embedding_backward
+        return _differentiate(ctx, grad, backward)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.padding_idx = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
+    return _differentiate(ctx, grad, torch.ops.lpaf_kernels.decoded_embedding_backward)
+
+
+def _differentiate(ctx, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] and tensors[i] is not None for i in range(1, len(tensors))]
     # A backward runs under whatever autocast surrounds it; these products take the forward's dtype.
     kind = grad.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        backward = torch.ops.lpaf_kernels.decoded_embedding_backward
         grads = backward(grad, *tensors, ctx.padding_idx, needs)
     return None, *(d if need else None for d, need in zip(grads, needs, strict=True)), None
 

@@ -15,6 +15,8 @@ from lpaf_kernels import _library
 
 PUBLIC = [
     "DecodedEmbedding",
+    "DecodedLinear",
+    "DecodedOutput",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
