@@ -20,6 +20,8 @@ namespace {
 // Rows that are decoded together: what lies between the layers stays in the second-level cache, and a panel
 // of a weight serves all of them.
 constexpr int64_t kBlockRows = 256;
+// Distinct ids per id at most for which copying every row costs less than decoding repeats.
+constexpr double kDistinctShare = 0.85;
 
 template <class Id>
 void check_ids(const char* op, const Id* ids, int64_t size, int64_t vocabulary) {
@@ -30,18 +32,19 @@ void check_ids(const char* op, const Id* ids, int64_t size, int64_t vocabulary) 
     }
 }
 
+// Decodes `rows` ids by blocks that the threads share. Row i goes to y[i] or, by way of a buffer, to the
+// places of number i.
 template <class Id>
-void forward(const char* op, const DecodedEmbedding& embedding, const Id* ids, int64_t rows,
-             int64_t vocabulary, float* y) {
-    check_ids(op, ids, rows, vocabulary);
+void decode(const DecodedEmbedding& embedding, const Id* ids, int64_t rows, const Places* places, float* y) {
+    const int64_t out = embedding.out();
     // As many blocks as threads, or a multiple.
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t blocks = std::min(rows, ceil_div(ceil_div(rows, kBlockRows), threads) * threads);
     const int64_t most = ceil_div(rows, blocks);
     share_out(blocks, 1, most * embedding.work(), [&](int64_t begin, int64_t end) {
-        int64_t size = kSumDepth * kSumWidth;
-        for (int i = 0; i < embedding.count; ++i) size += most * padded(embedding.layers[i].in);
-        const auto own = scratch(size);
+        int64_t floats = kSumDepth * kSumWidth + (places == nullptr ? 0 : most * padded(out));
+        for (int i = 0; i < embedding.count; ++i) floats += most * padded(embedding.layers[i].in);
+        const auto own = scratch(floats);
         float* next = own.get() + kSumDepth * kSumWidth;
         Rows<float> room[DecodedEmbedding::kMostLayers] = {};
         for (int i = 0; i < embedding.count; ++i) {
@@ -50,10 +53,32 @@ void forward(const char* op, const DecodedEmbedding& embedding, const Id* ids, i
         }
         for (int64_t block = begin; block < end; ++block) {
             const int64_t from = rows * block / blocks, until = rows * (block + 1) / blocks;
+            const Rows<float> to =
+                places == nullptr ? Rows<float>{y + from * out, out} : Rows<float>{next, padded(out)};
             decode_rows(embedding, ids + from, until - from, room, own.get(), lowrank_sparse_kernels(),
-                        elementwise_kernels(), y + from * embedding.out());
+                        elementwise_kernels(), to);
+            if (places == nullptr) continue;
+            for (int64_t row = from; row < until; ++row) {
+                const auto i = static_cast<size_t>(row);
+                for (int64_t at = places->begins[i]; at < places->begins[i + 1]; ++at) {
+                    std::copy_n(to[row - from], out, y + places->at[static_cast<size_t>(at)] * out);
+                }
+            }
         }
     });
+}
+
+template <class Id>
+void forward(const char* op, const DecodedEmbedding& embedding, const Id* ids, int64_t size,
+             int64_t vocabulary, float* y) {
+    check_ids(op, ids, size, vocabulary);
+    const DistinctIds found = distinct(ids, size);
+    if (static_cast<double>(found.size()) > kDistinctShare * static_cast<double>(size)) {
+        decode(embedding, ids, size, nullptr, y);
+    } else {
+        const Places places_of = places(found);
+        decode(embedding, found.ids.data(), found.size(), &places_of, y);
+    }
 }
 
 Tensor float_vector(const char* op, const char* name, const Tensor& tensor, int64_t size) {
@@ -71,6 +96,7 @@ Tensor decoded_embedding_forward(Tensor ids, Tensor latent, Tensor weight1, std:
     constexpr const char* op = "decoded_embedding_forward";
     check_dtype(op, "latent", latent, ScalarType::Float);
     check_matrix(op, "latent", latent);
+    if (latent.size(1) == 0) invalid(op, ": latent has shape ", shape_of(latent), ", expected columns");
     latent = as_contiguous(latent);
     const int64_t vocabulary = latent.size(0);
     DecodedEmbedding embedding{floats(latent), nullptr, 0, {}};
@@ -80,8 +106,9 @@ Tensor decoded_embedding_forward(Tensor ids, Tensor latent, Tensor weight1, std:
                                const std::optional<Tensor>& bias) {
         check_dtype(op, name, given, ScalarType::Float);
         check_matrix(op, name, given);
-        if (given.size(0) != width) {
-            invalid(op, ": ", name, " has shape ", shape_of(given), ", expected ", width, " rows");
+        if (given.size(0) != width || given.size(1) == 0) {
+            invalid(op, ": ", name, " has shape ", shape_of(given), ", expected ", width,
+                    " rows and columns");
         }
         held.push_back(as_contiguous(given));
         DecoderLayer& layer = embedding.layers[embedding.count++];

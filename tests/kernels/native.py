@@ -60,7 +60,8 @@ def check_decoded_embedding(seed: int) -> None:
     biases, has_norms = draw.random() < 0.7, draw.random() < 0.5
     index = draw.choice([torch.int32, torch.int64])
     draws = []
-    for _ in range(4):
+    # The error of a single row is a matter of luck.
+    for _ in range(4 if vocabulary > 1 else 24):
         layers = [(torch.randn(a, b) / a**0.5, torch.randn(b) if biases else None) for a, b in pairwise(widths)]
         tensors = [tensor for layer in layers for tensor in layer]
         tensors += [None] * (6 - len(tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import native
@@ -11,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lpaf_kernels import DecodedEmbedding, decoded_embedding
 from lpaf_kernels.ops import decoded_embedding as op
@@ -62,7 +64,7 @@ def test_forward_and_backward(dtype, hidden, shape, bias, norms, assert_accurate
     padding_idx = 3 if norms else None
     # The largest error of a handful of entries is a matter of luck: several draws are measured together.
     draws = []
-    for _ in range(12):
+    for _ in range(60 if math.prod(shape) < 10 else 12):
         ids, parameters = make(shape, hidden=hidden, dtype=dtype, bias=bias, norms=norms, index=index)
         grad = torch.randn(*shape, 13).to(dtype)
         actual = results(decoded_embedding, ids, parameters, grad, padding_idx)
@@ -119,6 +121,33 @@ def test_backward_sums_repeated_ids():
     assert touched.nonzero().flatten().tolist() == [1, 4]
 
 
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_backward_of_few_distinct_ids(hidden, padding_idx, assert_accurate):
+    """Gradients are summed per id before they go through the decoder, or not: the same within rounding."""
+    ids, parameters = make((1,), vocabulary=400, hidden=hidden)
+    few, many = torch.randint(7, (64,)), torch.arange(64) + 3
+    for ids, distinct in ((few, True), (many, False)):
+        assert (ids.unique().numel() < op._DISTINCT_SHARE * ids.numel()) == distinct
+        grad = torch.randn(64, 13)
+        found = results(decoded_embedding, ids, parameters, grad, padding_idx)
+        chain = results(decoded_embedding_reference, ids, parameters, grad, padding_idx)
+        exact = results(decoded_embedding_reference, ids, parameters, grad, padding_idx, torch.float64)
+        for same in zip(found, chain, exact, strict=True):
+            assert_accurate(*same)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_repeated_ids_have_the_same_row(hidden):
+    _, parameters = make((1,), vocabulary=600, hidden=hidden)
+    ids = torch.randint(600, (3000,), dtype=torch.int32)
+    with torch.no_grad():
+        alone = call(decoded_embedding, torch.arange(600), parameters)
+        torch.testing.assert_close(call(decoded_embedding, ids, parameters), alone[ids])
+        if op._HAS_NATIVE:
+            assert call(decoded_embedding, ids, parameters).equal(alone[ids])
+
+
 def test_padding_contributes_to_no_gradient():
     _, parameters = make((1,))
     grad = torch.randn(3, 13)
@@ -172,7 +201,8 @@ def test_the_native_kernel_checks_its_own_arguments():
         ("latent has dtype Double", (ids, latent.double(), weight, *rest, norms)),
         ("ids has dtype Short", (ids.short(), latent, weight, *rest, norms)),
     ):
-        with pytest.raises(RuntimeError, match=text), torch.no_grad():
+        # Which of the two it becomes is torch's affair.
+        with pytest.raises((RuntimeError, ValueError), match=text), torch.no_grad():
             forward(*arguments)
 
 
@@ -216,6 +246,41 @@ def test_autocast_leaves_it_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hidden", HIDDEN)
+def test_without_the_dispatcher(dtype, hidden):
+    """Plain calls go past torch's dispatcher, with and without gradients; the operator gives the same bits."""
+    ids, parameters = make((40,), hidden=hidden, dtype=dtype)
+    grad = torch.randn(40, 13).to(dtype)
+    latent, *layers, norms = parameters
+    layers += [None] * (6 - len(layers))
+    y = torch.ops.lpaf_kernels.decoded_embedding(ids, latent, *layers, norms, 2)
+    through = [y, *torch.autograd.grad(y, [t for t in parameters if t is not None], grad)]
+    past = results(decoded_embedding, ids, parameters, grad, padding_idx=2)
+    assert type(past[0].grad_fn).__name__ == "_EagerBackward"
+    assert all(map(torch.equal, past, through))
+    with torch.no_grad():
+        assert call(decoded_embedding, ids, parameters, padding_idx=2).equal(y)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(use_reentrant):
+    ids, parameters = make(hidden=(9,))
+    grad = torch.randn(5, 13)
+    expected = results(decoded_embedding, ids, parameters, grad)
+    y = checkpoint(lambda *leaves: call(decoded_embedding, ids, leaves), *parameters, use_reentrant=use_reentrant)
+    y.backward(grad)
+    assert y.equal(expected[0])
+    assert all(leaf.grad.equal(gradient) for leaf, gradient in zip(parameters, expected[1:], strict=True))
+
+
+def test_no_second_derivative():
+    ids, parameters = make()
+    (d_latent,) = torch.autograd.grad(call(decoded_embedding, ids, parameters).sum(), parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        d_latent.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("norms", [True, False])
 def test_opcheck(dtype, hidden, norms):
     ids, parameters = make(hidden=hidden, dtype=dtype, norms=norms, bias=norms)
@@ -224,7 +289,8 @@ def test_opcheck(dtype, hidden, norms):
     ops = torch.ops.lpaf_kernels
     torch.library.opcheck(ops.decoded_embedding, (ids, latent, *layers, norms, 2))
     plain = [None if t is None else t.detach() for t in (latent, *layers, norms)]
-    torch.library.opcheck(ops.decoded_embedding_forward, (ids, *plain))
+    if dtype == torch.float32 or not op._HAS_NATIVE:
+        torch.library.opcheck(ops.decoded_embedding_forward, (ids, *plain))
     given = [tensor is not None for tensor in plain]
     for needs in (given, [False, *given[1:2], *[False] * 6]):
         torch.library.opcheck(ops.decoded_embedding_backward, (torch.randn(5, 13).to(dtype), ids, *plain, 2, needs))
@@ -262,6 +328,8 @@ def test_exports():
         ({"decoder": []}, ValueError, "decoder: expected 1 to 3 layers, got 0"),
         ({"decoder": [(torch.ones(7, 7), None)] * 4}, ValueError, "decoder: expected 1 to 3 layers, got 4"),
         ({"decoder": [(torch.ones(8, 13), None)]}, ValueError, r"decoder\[0\] weight: expected shape \[7, out\]"),
+        ({"decoder": [(torch.ones(7, 0), None)]}, ValueError, r"decoder\[0\] weight: expected shape \[7, out\]"),
+        ({"decoder": [(torch.ones(7, 13), None), (None, None)]}, TypeError, r"decoder\[1\] weight: expected a torch"),
         ({"decoder": [(torch.ones(7, 13), torch.ones(12))]}, ValueError, r"decoder\[0\] bias: expected shape \[13\]"),
         ({"decoder": [(torch.ones(7, 13).double(), None)]}, TypeError, r"decoder\[0\] weight: expected torch.float32"),
         ({"norms": torch.ones(10)}, ValueError, r"norms: expected shape \[11\]"),
@@ -276,8 +344,9 @@ def test_bad_input(change, error, text):
         "latent": torch.ones(11, 7),
         "decoder": [(torch.ones(7, 13), None)],
     }
-    with pytest.raises(error, match=text):
-        decoded_embedding(**{**arguments, **change})
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pytest.raises(error, match=text):
+            decoded_embedding(**{**arguments, **change})
 
 
 class TestModule:
@@ -346,6 +415,14 @@ class TestModule:
         logits.logsumexp(1).sum().backward()
         assert logits.shape == (3, 11)
         assert layer.latent.grad.any(1).all()
+
+    def test_the_weight_has_gradients_where_padding_has_none(self):
+        """As nn.Embedding's: an output layer that shares it trains the padding's row."""
+        layer = DecodedEmbedding(11, 13, 7, padding_idx=4)
+        layer(torch.arange(11)).sum().backward()
+        assert (~layer.latent.grad.any(1)).nonzero().flatten().tolist() == [4]
+        layer.weight.sum().backward()
+        assert layer.latent.grad[4].any()
 
     @pytest.mark.parametrize(
         ("arguments", "error", "text"),
