@@ -32,8 +32,8 @@ void check_ids(const char* op, const Id* ids, int64_t size, int64_t vocabulary) 
     }
 }
 
-// Decodes `rows` ids by blocks that the threads share. Row i goes to y[i] or, by way of a buffer, to the places of
-// number i.
+// Decodes `rows` ids by blocks that the threads share. Row i goes to y[i] or, by way of a buffer, to the
+// places of number i.
 template <class Id>
 void decode(const DecodedEmbedding& embedding, const Id* ids, int64_t rows, const Places* places, float* y) {
     const int64_t out = embedding.out();
@@ -69,8 +69,8 @@ void decode(const DecodedEmbedding& embedding, const Id* ids, int64_t rows, cons
 }
 
 template <class Id>
-void forward(const char* op, const DecodedEmbedding& embedding, const Id* ids, int64_t size, int64_t vocabulary,
-             float* y) {
+void forward(const char* op, const DecodedEmbedding& embedding, const Id* ids, int64_t size,
+             int64_t vocabulary, float* y) {
     check_ids(op, ids, size, vocabulary);
     const DistinctIds found = distinct(ids, size);
     if (static_cast<double>(found.size()) > kDistinctShare * static_cast<double>(size)) {
@@ -107,7 +107,8 @@ Tensor decoded_embedding_forward(Tensor ids, Tensor latent, Tensor weight1, std:
         check_dtype(op, name, given, ScalarType::Float);
         check_matrix(op, name, given);
         if (given.size(0) != width || given.size(1) == 0) {
-            invalid(op, ": ", name, " has shape ", shape_of(given), ", expected ", width, " rows and columns");
+            invalid(op, ": ", name, " has shape ", shape_of(given), ", expected ", width,
+                    " rows and columns");
         }
         held.push_back(as_contiguous(given));
         DecoderLayer& layer = embedding.layers[embedding.count++];

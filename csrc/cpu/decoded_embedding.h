@@ -2,8 +2,8 @@
 //
 // A block of latent rows is gathered, goes through the decoder's layers by the products of
 // lowrank_sparse_linear, and is rescaled, all while it is in the second-level cache: neither the gathered
-// rows nor a hidden layer reach memory. Ids that occur several times, as padding and frequent words do, can be
-// decoded once each and copied from that cache to where they stand.
+// rows nor a hidden layer reach memory. Ids that occur several times, as padding and frequent words do, can
+// be decoded once each and copied from that cache to where they stand.
 #pragma once
 
 #include <bit>
@@ -74,7 +74,8 @@ struct Places {
 };
 
 inline Places places(const DistinctIds& distinct) {
-    Places found{std::vector<std::int64_t>(distinct.index.size()), std::vector<std::int64_t>(distinct.ids.size() + 1)};
+    Places found{std::vector<std::int64_t>(distinct.index.size()),
+                 std::vector<std::int64_t>(distinct.ids.size() + 1)};
     for (const std::int64_t i : distinct.index) ++found.begins[static_cast<std::size_t>(i)];
     std::int64_t end = 0;
     for (std::int64_t& begin : found.begins) begin = end += begin;

@@ -69,6 +69,7 @@ def decoded_embedding(
             if (
                 is_eager(ids, latent, *tensors, norms)
                 and ids.is_cpu
+                and latent is not None
                 and latent.dtype == torch.float32
                 and all(weight is not None for weight, _ in decoder)
                 and (padding_idx is None or (type(padding_idx) is int and 0 <= padding_idx < latent.shape[0]))

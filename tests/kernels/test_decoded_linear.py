@@ -10,7 +10,6 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from accuracy import on_one_scale
 from lpaf_kernels import DecodedEmbedding, DecodedLinear, LowRankSparseLinear
 from lpaf_kernels.ops.decoded_embedding import decoded_embedding_reference
 
@@ -22,6 +21,9 @@ def make(out_features=11, in_features=13, hidden=(), decoder_bias=True, norms=Tr
     layer = DecodedLinear(in_features, out_features, 7, hidden, bias, decoder_bias, norms, dtype=dtype)
     if norms:
         layer.norms.uniform_(0.5, 1.5)
+    if hidden and not decoder_bias:
+        # A row whose latent is negative would be so short that a chain in float16 cannot divide by the square.
+        nn.init.uniform_(layer.latent, 0.5, 2)
     return layer
 
 
@@ -47,15 +49,15 @@ def gradients(x, parameters, y, grad):
 @pytest.mark.parametrize(("decoder_bias", "norms"), [(True, True), (False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("out_features", [11, 300])  # the last with lengths in a basis
 def test_forward_and_backward(dtype, hidden, decoder_bias, norms, out_features, assert_accurate):
-    draws = []
-    for _ in range(6):
+    draws = []  # measured together: the largest error of a few entries is a matter of luck
+    for _ in range(12):
         layer = make(out_features, hidden=hidden, decoder_bias=decoder_bias, norms=norms, bias=norms, dtype=dtype)
         x = torch.randn(2, 5, 13, dtype=dtype, requires_grad=True)
         grad = torch.randn(2, 5, out_features, dtype=dtype)
         actual = gradients(x, list(layer.parameters()), layer(x), grad)
         chain = gradients(*by_table(layer, x), grad)
         exact = gradients(*by_table(layer, x, torch.float64), grad)
-        draws.append([on_one_scale(*same) for same in zip(actual, chain, exact, strict=True)])
+        draws.append(list(zip(actual, chain, exact, strict=True)))
     for same in zip(*draws, strict=True):
         assert_accurate(*map(torch.stack, zip(*same, strict=True)))
 
