@@ -21,14 +21,3 @@ def check_accurate(actual: Tensor, chain: Tensor, exact: Tensor) -> None:
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (chain.double() - exact).abs().max().item() + floor
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
-def on_one_scale(actual: Tensor, chain: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three times the power of two that brings the largest entry of ``exact`` to 1/2 to 1: nothing is rounded.
-
-    Of draws that are compared together, the one with the largest entries would decide alone.
-    """
-    if exact.numel() == 0:
-        return actual, chain, exact
-    exponent = -int(exact.detach().abs().max().frexp().exponent)
-    return tuple(tensor.detach() * 2.0**exponent for tensor in (actual, chain, exact))
