@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,8 @@ def decoded_embedding(
     if is_eager(ids, latent, *tensors, norms):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (latent, *tensors, norms)):
             return _Eager.apply(*arguments)
-        return _implementation(latent)(*arguments)
+        with _without_autocast(latent.device.type):
+            return _implementation(latent)(*arguments)
     return torch.ops.lpaf_kernels.decoded_embedding(*arguments)
 
 
@@ -319,13 +320,20 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, ctx.padding_idx = arguments
         ctx.save_for_backward(*tensors)
-        return _implementation(tensors[1])(*arguments)
+        with _without_autocast(tensors[1].device.type):
+            return _implementation(tensors[1])(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         backward = _gradients if is_eager(grad) else torch.ops.lpaf_kernels.decoded_embedding_backward
         return _differentiate(ctx, grad, backward)
+
+
+def _without_autocast(kind: str) -> AbstractContextManager:
+    """A block whose products keep their dtype."""
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # torch has none for the meta device
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -341,9 +349,7 @@ def _differentiate(ctx, grad: Tensor, backward: Callable) -> tuple[Tensor | None
     tensors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] and tensors[i] is not None for i in range(1, len(tensors))]
     # A backward runs under whatever autocast surrounds it; these products take the forward's dtype.
-    kind = grad.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+    with _without_autocast(grad.device.type):
         grads = backward(grad, *tensors, ctx.padding_idx, needs)
     return None, *(d if need else None for d, need in zip(grads, needs, strict=True)), None
 

@@ -241,7 +241,11 @@ def test_autocast_leaves_it_alone():
     expected = results(decoded_embedding, ids, parameters, grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = results(decoded_embedding, ids, parameters, grad)
+        with torch.no_grad():
+            inferred = call(decoded_embedding, ids, parameters)
     assert all(map(torch.equal, actual, expected))
+    assert inferred.dtype == expected[0].dtype
+    torch.testing.assert_close(inferred, expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
