@@ -6,17 +6,21 @@ import torch
 
 from ._library import NATIVE
 from ._version import __version__
+from .nn.decoded_embedding import DecodedEmbedding
+from .nn.decoded_linear import DecodedLinear, SharedDecodedLinear
+from .nn.decoded_output import DecodedOutput
 from .nn.fold import fold_kept
 from .nn.fuse import fuse, unfuse
 from .nn.graphed import GraphRunner
 from .nn.lowrank_attention import LowRankAttention
 from .nn.lowrank_ffn import LowRankFFN
 from .nn.lowrank_plus_sparse_linear import LowRankPlusSparseLinear
-from .nn.lowrank_sparse_linear import LowRankSparseLinear
+from .nn.lowrank_sparse_linear import LowRankSparseLinear, SharedLowRankLinear
 from .nn.masked_linear import MaskedLinear, set_thresholds
 from .nn.mixed_rank_linear import MixedRankLinear, clear_paths, draw_paths
 from .nn.swap import swap_linears
 from .ops._blocks import Norm
+from .ops.decoded_embedding import decoded_embedding
 from .ops.keep_threshold import KeepThreshold, PackedMask, keep_threshold
 from .ops.lowrank_attention import lowrank_attention
 from .ops.lowrank_ffn import lowrank_ffn
@@ -33,6 +37,9 @@ from .ops.weighted_svd import weighted_singular_values, weighted_svd
 from .tuning.dispatch import explain, use_provider
 
 __all__ = [
+    "DecodedEmbedding",
+    "DecodedLinear",
+    "DecodedOutput",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
@@ -43,10 +50,13 @@ __all__ = [
     "MixedRankLinear",
     "Norm",
     "PackedMask",
+    "SharedDecodedLinear",
+    "SharedLowRankLinear",
     "__version__",
     "accumulate_movement_",
     "build_info",
     "clear_paths",
+    "decoded_embedding",
     "draw_paths",
     "explain",
     "fold_kept",

@@ -30,7 +30,17 @@ _ATTENTION = (
     " Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor? attn_mask, Tensor? cu_seqlens, Tensor? cos,"
     " Tensor? sin, int? max_seqlen, int num_heads, int num_kv_heads, bool is_causal, float scale, str norm, float eps"
 )
+# Those of an embedding that is decoded from latent rows: a layer's weight is [in, out], the last norms [vocab].
+_DECODED = (
+    "Tensor ids, Tensor latent, Tensor weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, Tensor? weight3,"
+    " Tensor? bias3, Tensor? norms"
+)
 SCHEMAS = (
+    f"decoded_embedding({_DECODED}, int padding_idx) -> Tensor",
+    f"decoded_embedding_forward({_DECODED}) -> Tensor",
+    f"decoded_embedding_backward(Tensor grad, {_DECODED}, int padding_idx, bool[8] needs) -> (Tensor d_latent,"
+    " Tensor d_weight1, Tensor d_bias1, Tensor d_weight2, Tensor d_bias2, Tensor d_weight3, Tensor d_bias3,"
+    " Tensor d_norms)",
     "keep_threshold(Tensor[] scores, float keep, bool across, Tensor[]? weights) -> (Tensor value, Tensor tie_index)",
     "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor value, Tensor tie_index, Tensor? bias) -> Tensor",
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor value,"

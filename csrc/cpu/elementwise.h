@@ -5,7 +5,7 @@
 
 namespace lpaf::cpu {
 
-enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kSilu, kTanh };
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kLeakyRelu, kSilu, kTanh };
 
 // How the rows of a block's result are normalised; weight and bias have one entry per column, bias may be
 // null.
@@ -27,6 +27,8 @@ struct ElementwiseKernels {
     // row = e^(scores - their maximum) with scores = scale row + bias, bias may be null; returns its sum, 0
     // where every score is -inf
     float (*exponentials)(float scale, const float* bias, float* row, std::int64_t size);
+    // The Euclidean length of a row
+    float (*length)(const float* row, std::int64_t size);
     // values = factor values
     void (*multiply)(float factor, float* values, std::int64_t size);
     // Turns the first half of a row with the second: row cos + (-second, first) sin

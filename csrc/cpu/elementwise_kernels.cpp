@@ -79,6 +79,7 @@ inline Vector apply(Vector x) {
         return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x)));
     }
     if constexpr (A == Activation::kRelu) return select(x < 0.0f, splat(0.0f), x);
+    if constexpr (A == Activation::kLeakyRelu) return select(x < 0.0f, 0.01f * x, x);
     if constexpr (A == Activation::kSilu) return x / (1.0f + exponential(-x));
     if constexpr (A == Activation::kTanh) return tanh(x);
     return x;
@@ -106,6 +107,7 @@ void choose(Activation activation, const float* gate, float* values, std::int64_
         case Activation::kGelu: return run<Activation::kGelu, Gated>(gate, values, size);
         case Activation::kGeluTanh: return run<Activation::kGeluTanh, Gated>(gate, values, size);
         case Activation::kRelu: return run<Activation::kRelu, Gated>(gate, values, size);
+        case Activation::kLeakyRelu: return run<Activation::kLeakyRelu, Gated>(gate, values, size);
         case Activation::kSilu: return run<Activation::kSilu, Gated>(gate, values, size);
         case Activation::kTanh: return run<Activation::kTanh, Gated>(gate, values, size);
     }
@@ -208,6 +210,10 @@ float exponentials(float scale, const float* bias, float* row, std::int64_t size
     return sum_row(row, size, [](Vector entries) { return entries; });
 }
 
+float length(const float* row, std::int64_t size) {
+    return __builtin_sqrtf(sum_row(row, size, [](Vector entries) { return entries * entries; }));
+}
+
 void multiply(float factor, float* values, std::int64_t size) {
     change_row(values, size, [factor](Vector entries, const auto&) { return entries * factor; });
 }
@@ -270,7 +276,7 @@ void narrow(const float* from, std::uint16_t* to, std::int64_t size) {
 
 }  // namespace
 
-const ElementwiseKernels LPAF_ELEMENTWISE = {activate, activate_gate, normalise, exponentials,
+const ElementwiseKernels LPAF_ELEMENTWISE = {activate, activate_gate, normalise, exponentials, length,
                                              multiply, rotate,        widen,     narrow};
 
 }  // namespace lpaf::cpu

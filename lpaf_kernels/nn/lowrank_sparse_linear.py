@@ -229,3 +229,82 @@ class LowRankSparseLinear(nn.Module):
             f" kept={self.kept.shape[0]}, bias={self.bias is not None}"
         )
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+class SharedLowRankLinear(LowRankSparseLinear):
+    """A LowRankSparseLinear without S whose ``down`` is that of another layer: matrices [out_i, in] that were
+    compressed together, [W_1; W_2; ...] = [A_1; A_2; ...] B, store B once.
+
+    ``owner`` is held, not registered: the state_dict of a model that holds both layers has ``down`` under the owner's
+    name alone, and a copy of that model keeps the two together.
+
+    Args:
+        owner: the layer that stores ``down``; without kept rows, and not shared itself.
+        out_features, bias, device, dtype: as for :class:`LowRankSparseLinear`.
+
+    Shapes:
+        up [rank, out], bias [out] (parameters). Input [..., in], output [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, or an owner with kept rows.
+    """
+
+    def __init__(
+        self,
+        owner: LowRankSparseLinear,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(owner, LowRankSparseLinear) or isinstance(owner, SharedLowRankLinear):
+            raise TypeError(f"owner: expected a LowRankSparseLinear that is not shared, got {type(owner).__name__}")
+        if owner.kept.numel():
+            raise ValueError(f"owner: expected a layer without kept rows, got {owner.kept.numel()}")
+        check_integer("out_features", out_features, 1, None)
+        nn.Module.__init__(self)
+        self._owner = [owner]
+        self.in_features, self.out_features, self.rank = owner.in_features, out_features, owner.rank
+        self.activation = None
+        self.up = nn.Parameter(torch.empty(self.rank, out_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("kept", torch.empty(0, device=device, dtype=torch.int32))
+        self.reset_parameters()
+
+    @classmethod
+    def of(cls, owner: LowRankSparseLinear, a: Tensor, bias: Tensor | None = None) -> SharedLowRankLinear:
+        """The layer of weight a B from a [out, r] and bias [out], copied, with ``owner``'s B [r, in]."""
+        check_floating("a", a)
+        check_shape("a", a, a.shape[0], owner.rank, because="the rank of owner")
+        layer = cls(owner, a.shape[0], bias=bias is not None, device="meta", dtype=a.dtype)
+        layer.kept = torch.empty(0, dtype=torch.int32, device=a.device)
+        with torch.no_grad():
+            layer.up = nn.Parameter(a.t().contiguous().clone())
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach().to(a.dtype, copy=True))
+        return layer
+
+    @property
+    def owner(self) -> LowRankSparseLinear:
+        """The layer that stores ``down``."""
+        return self._owner[0]
+
+    @property
+    def down(self) -> Tensor:
+        """[rank, in], the owner's."""
+        return self.owner.down
+
+    def reset_parameters(self) -> None:
+        """Draw ``up`` and the bias as :class:`LowRankSparseLinear` does; ``down`` is the owner's to draw."""
+        if self.up.is_meta:
+            return
+        with torch.no_grad():
+            if self.rank:
+                spread = math.sqrt(3.0 / self.rank)
+                self.up.uniform_(-spread, spread)
+            if self.bias is not None:
+                bound = 1.0 / math.sqrt(self.in_features)
+                self.bias.uniform_(-bound, bound)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, shared"

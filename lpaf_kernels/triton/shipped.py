@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 
@@ -92,13 +93,32 @@ MASKED_ALL_CASES = [
     *((shape, torch.bfloat16, torch.bfloat16) for shape in (MASKED_SHAPES[0], MASKED_SHAPES[3])),
 ]
 MASKED_KERNELS = ("masked", "masked_grads")
+# The same for decoded_embedding, as (ids, vocabulary, latent, hidden layers, dim), and whether norms are kept.
+DECODED_SHAPES = [
+    (4096, 30522, 80, (), 768),
+    (4096, 30522, 64, (128,), 768),
+    (4096, 30522, 48, (96, 192), 768),
+    (128, 30522, 249, (), 768),
+    (16, 32000, 75, (150, 301), 1000),
+]
+DECODED_CORE_CASES = [(DECODED_SHAPES[0], torch.bfloat16, False), (DECODED_SHAPES[2], torch.bfloat16, True)]
+DECODED_ALL_CASES = [
+    *((shape, torch.bfloat16, norms) for shape in DECODED_SHAPES for norms in (False, True)),
+    (DECODED_SHAPES[1], torch.float16, True),
+]
+DECODED_KERNELS = ("decode",)
 
 
-def calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str | torch.dtype) -> list[Call]:
+def calls(
+    launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, activation: str | torch.dtype | bool
+) -> list[Call]:
     """What ``launch`` launches in a forward and a backward of one shape; nothing where it cannot hold the rank.
 
-    ``activation`` of an attention block: what is masked. Of masked_linear: the dtype of weight and scores.
+    ``activation`` of an attention block: what is masked. Of masked_linear: the dtype of weight and scores. Of
+    decoded_embedding: whether norms are kept.
     """
+    if launch.kernel in DECODED_KERNELS:
+        return _decoded_calls(launch, shape, dtype, activation)
     if launch.kernel in MASKED_KERNELS:
         return _masked_calls(launch, shape, dtype, activation)
     if launch.kernel in ATTENTION_KERNELS:
@@ -231,6 +251,22 @@ def _masked_calls(launch: Launch, shape: tuple[int, ...], dtype: torch.dtype, st
     return recorded
 
 
+def _decoded_calls(launch: Launch, shape: tuple, dtype: torch.dtype, has_norms: bool) -> list[Call]:
+    from . import decoded_embedding as kernels
+
+    rows, vocabulary, latent, hidden, dim = shape
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    widths = (latent, *hidden, dim)
+    layers = [(empty(a, b), empty(b)) for a, b in pairwise(widths)]
+    ids = torch.empty(rows, device="meta", dtype=torch.int64)
+    with recording() as recorded:
+        kernels.decode(ids, empty(vocabulary, latent), layers, empty(vocabulary) if has_norms else None, launch)
+    return recorded
+
+
 def faults(name: str, arch: int, cases: Iterable[tuple] | None = None) -> Iterator[tuple[Call, list[str]]]:
     """Each kernel that launch ``name`` needs for ``cases``, compiled for ``arch``, and why it must not ship."""
     from .resources import compile_calls
@@ -242,6 +278,7 @@ def faults(name: str, arch: int, cases: Iterable[tuple] | None = None) -> Iterat
             (FFN_KERNELS, FFN_CORE_CASES),
             (ATTENTION_KERNELS, ATTENTION_CORE_CASES),
             (MASKED_KERNELS, MASKED_CORE_CASES),
+            (DECODED_KERNELS, DECODED_CORE_CASES),
         ):
             cases = own if launch.kernel in kernels else cases
     recorded = [call for case in cases for call in calls(launch, *case)]

@@ -243,6 +243,11 @@ def report_broken(op: str, plan: Plan, error: Exception) -> None:
         warnings.warn(f"{_plan_text(plan)} failed and is not used again: {message[0]}", stacklevel=2)
 
 
+def is_broken(op: str, plan: Plan) -> bool:
+    """Whether ``plan`` was reported so."""
+    return (op, plan) in _broken
+
+
 def is_forced(op: str) -> bool:
     """Whether :func:`use_provider` decides how ``op`` runs; "block" leaves single layers to the tables, and
     masked_linear and the others know nothing of each other's providers."""

@@ -35,6 +35,7 @@ A compressed directory loads in any transformers program after `import lpaf`.
 GROUPS = {
     "what": "what to compress",
     "size": "how small (one of --rank K, --ratio R, --rank auto --ratio R, --rank-error E)",
+    "modules": "offline compression of chosen modules (--method autoencoder, svd; instead of the sizes above)",
     "data": "data (without any of these, tasks that the Hub knows come from there)",
     "answers": "question answering",
     "texts": "summarisation",

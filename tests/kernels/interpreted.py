@@ -47,6 +47,7 @@ TINY = {
     ],
     "close": [Launch("close", 16, 16, 16, 4, 1), Launch("close", 32, 32, 16, 4, 1, max_width=80)],
     "masked": [Launch("masked", 16, 16, 16, 4, 1), Launch("masked", 32, 16, 32, 4, 1)],
+    "decode": [Launch("decode", 16, 16, 16, 4, 1), Launch("decode", 32, 16, 32, 4, 1)],
     "masked_grads": [Launch("masked_grads", 16, 16, 16, 4, 1), Launch("masked_grads", 16, 32, 32, 4, 1)],
 }
 
@@ -629,6 +630,40 @@ def _check_masked(seed: int) -> None:
         check_accurate(actual, chained, exact)
     # Exactly nothing where the mask is 0.
     assert not found[2][~mask].any()
+
+
+def check_decoded_embedding(seed: int, device: str = "cpu") -> None:
+    """One drawn embedding, against float64 and within twice the error of torch's chain."""
+    with torch.device(device):
+        _check_decoded(seed)
+
+
+def _check_decoded(seed: int) -> None:
+    from lpaf_kernels.ops.decoded_embedding import decoded_embedding_reference
+    from lpaf_kernels.triton import decoded_embedding as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
+    vocabulary = draw.choice([1, 5, 50])
+    widths = [draw.choice([1, 16, 64, draw.randint(1, 90)]) for _ in range(draw.choice([2, 2, 3, 4]))]
+    layers = [
+        ((torch.randn(a, b) / a**0.5).to(dtype), torch.randn(b).to(dtype) if draw.random() < 0.7 else None)
+        for a, b in pairwise(widths)
+    ]
+    latent = _apart(vocabulary, widths[0], draw, dtype)
+    norms = torch.rand(vocabulary).to(dtype) if draw.random() < 0.5 else None
+    ids = torch.randint(vocabulary, (rows,), dtype=draw.choice([torch.int32, torch.int64]))
+    y = kernels.decode(ids, latent, layers, norms, draw_launch("decode", seed))
+    wide = [(weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
+    exact = decoded_embedding_reference(ids, latent.double(), wide, None if norms is None else norms.double())
+    check_accurate(y, decoded_embedding_reference(ids, latent, layers, norms), exact)
+    if rows:
+        ids[0], ids[-1] = vocabulary, -1
+        bad = kernels.decode(ids, latent, layers, norms, draw_launch("decode", seed))
+        assert bad[[0, -1]].isnan().all()
+        assert bad[1:-1].equal(y[1:-1])
 
 
 def check_masked_linear_plan(seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,6 +46,34 @@ def check_linear(seed: int) -> None:
         draws.append(list(_results((x, down, up, positions, bias), torch.randn(rows, d_out), needs)))
     for results in zip(*draws, strict=True):
         check_accurate(*(torch.stack(same) for same in zip(*results, strict=True)))
+
+
+def check_decoded_embedding(seed: int) -> None:
+    """decoded_embedding_forward on one drawn shape against float64, within twice the error of torch's chain."""
+    from lpaf_kernels.ops import decoded_embedding as op
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, vocabulary = draw.choice([1, 2, 11, 12, 13, 49, 255, 256, 257, 515, 1100]), draw.choice([1, 10, 2000])
+    hidden = [draw.choice([1, 3, 16, 80, 131, 260]) for _ in range(draw.choice([0, 0, 1, 2]))]
+    widths = (draw.choice([1, 3, 16, 41, 80, 131, 330]), *hidden, draw.choice(OUT_FEATURES))
+    biases, has_norms = draw.random() < 0.7, draw.random() < 0.5
+    index = draw.choice([torch.int32, torch.int64])
+    draws = []
+    # The error of a single row is a matter of luck.
+    for _ in range(4 if vocabulary > 1 else 24):
+        layers = [(torch.randn(a, b) / a**0.5, torch.randn(b) if biases else None) for a, b in pairwise(widths)]
+        tensors = [tensor for layer in layers for tensor in layer]
+        tensors += [None] * (6 - len(tensors))
+        norms = torch.rand(vocabulary) if has_norms else None
+        ids = torch.randint(vocabulary, (rows,), dtype=index)
+        arguments = (ids, torch.randn(vocabulary, widths[0]), *tensors, norms)
+        y = torch.ops.lpaf_kernels.decoded_embedding_forward(*arguments)
+        draws.append((y, op._forward_by_torch(*arguments), op._forward_by_torch(*_double(*arguments))))
+        torch.set_num_threads(1)
+        assert torch.ops.lpaf_kernels.decoded_embedding_forward(*arguments).equal(y)
+        torch.set_num_threads(2)
+    check_accurate(*(torch.stack(same) for same in zip(*draws, strict=True)))
 
 
 def check_feed_forward(seed: int) -> None:

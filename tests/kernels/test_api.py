@@ -14,6 +14,9 @@ import lpaf_kernels
 from lpaf_kernels import _library
 
 PUBLIC = [
+    "DecodedEmbedding",
+    "DecodedLinear",
+    "DecodedOutput",
     "GraphRunner",
     "KeepThreshold",
     "LowRankAttention",
@@ -24,10 +27,13 @@ PUBLIC = [
     "MixedRankLinear",
     "Norm",
     "PackedMask",
+    "SharedDecodedLinear",
+    "SharedLowRankLinear",
     "__version__",
     "accumulate_movement_",
     "build_info",
     "clear_paths",
+    "decoded_embedding",
     "draw_paths",
     "explain",
     "fold_kept",
@@ -112,7 +118,7 @@ def test_native_can_be_disabled():
 def test_fallbacks_pass_the_same_tests():
     files = [
         str(Path(__file__).with_name(f"test_{stem}.py"))
-        for stem in ("keep_threshold", "masked_linear", "pruning_updates")
+        for stem in ("decoded_embedding", "keep_threshold", "masked_linear", "pruning_updates")
     ]
     out = run_python(
         "import pytest\n"

@@ -17,6 +17,7 @@ from lpaf_kernels.triton.shipped import (
     ALL_CASES,
     ATTENTION_KERNELS,
     CORE_CASES,
+    DECODED_KERNELS,
     MASKED_KERNELS,
     SHAPES,
     TF32_SHAPES,
@@ -139,10 +140,11 @@ def test_resources_see_spills() -> None:
 
 def test_grid_fits_for_a_million_rows() -> None:
     layer, sequences = ((1 << 20, 4096, 11008, 260, 0), "none"), ((8192, 128, 32, 8, 128, 80, 0), "padding")
-    masked = ((1 << 20, 4096, 11008), torch.float32)
+    masked, decoded = ((1 << 20, 4096, 11008), torch.float32), ((1 << 20, 32000, 128, (), 4096), False)
     for launch in LAUNCHES.values():
         shape, variant = sequences if launch.kernel in ATTENTION_KERNELS else layer
         shape, variant = masked if launch.kernel in MASKED_KERNELS else (shape, variant)
+        shape, variant = decoded if launch.kernel in DECODED_KERNELS else (shape, variant)
         for call in calls(launch, shape, torch.bfloat16, variant):
             assert call.grid[0] < 2**31
             assert all(side < 2**16 for side in call.grid[1:])

@@ -99,6 +99,13 @@ def in_truncate() -> None:
     after(Compression, "truncate")
 
 
+def in_module() -> None:
+    """Die when the first window of an autoencoder's training is kept."""
+    from lpaf.factorize.autoencoder import AutoencoderTraining
+
+    after(AutoencoderTraining, "_save")
+
+
 def in_measure() -> None:
     from lpaf.recipes import record
 
@@ -133,6 +140,8 @@ DEATHS: dict[str, Callable[[], None]] = {
     "fisher store": lambda: in_store("fisher"),
     "factorize": in_factorize,
     "truncate": in_truncate,
+    "module": in_module,
+    "module store": lambda: in_store("module"),
     "retrain": lambda: in_step("retrain", 8),
     "retrain start": lambda: in_step("retrain", 0),
     "retrain checkpoint": lambda: in_checkpoint("retrain", 9),

@@ -552,8 +552,8 @@ class TestCheckpoint:
         assert "layers" not in stored
 
     def test_newer_layout_is_refused(self):
-        with pytest.raises(ValueError, match="layout 3, this lpaf reads up to 2; upgrade"):
-            CompressionConfig(modules={}, format_version=3)
+        with pytest.raises(ValueError, match="layout 4, this lpaf reads up to 3; upgrade"):
+            CompressionConfig(modules={}, format_version=4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_dtype(self, tmp_path, dtype):

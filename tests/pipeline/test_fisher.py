@@ -19,9 +19,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lpaf.data import load_task, tokenize
+from lpaf.data.tasks import TOKEN_PROBLEMS
 from lpaf.errors import InputError
 from lpaf.factorize import FISHER_TRANSFORMS, RowFisher, SVDFactorizer, fisher_row_weights, transform_fisher
-from lpaf.factorize.fisher import ENTRIES, Use, examples_separate, fisher_weights, row_squares
+from lpaf.factorize.fisher import ENTRIES, Use, examples_separate, fisher_weights, row_squares, short
 from lpaf.models.checkpoint import load_dense
 from lpaf.models.outputs import forward_inputs
 from lpaf.models.targets import encoder_linears
@@ -34,7 +35,17 @@ from lpaf.recipes.prepare import prepare
 from lpaf.retrain.batches import Collator
 from lpaf.retrain.objective import example_losses
 from lpaf_kernels.ops.weighted_svd import ROW_WEIGHT_FLOOR, weighted_svd_reference
-from tiny import SMALL, build, questions, sentences, stories, write_model, write_rows, write_text_model
+from tiny import (
+    SMALL,
+    build,
+    questions,
+    sentences,
+    stories,
+    write_masked_model,
+    write_model,
+    write_rows,
+    write_text_model,
+)
 
 Batch = dict[str, torch.Tensor]
 
@@ -205,6 +216,25 @@ def test_gradients_are_squared_in_slices(monkeypatch):
         torch.testing.assert_close(row_squares(uses, 3, (7, 4)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_short_examples_need_no_gradients(dtype, monkeypatch):
+    """Products of positions give the same rows, also where the positions of an example all but cancel."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(4, 6, width, generator=generator, dtype=torch.float64) for width in (90, 70))
+    x[:, 1:] = x[:, :1] + 1e-3 * x[:, 1:]
+    g[..., :40] -= g[..., :40].mean(dim=1, keepdim=True)
+    g, x = g.to(dtype), x.to(dtype)
+    uses = [Use(x[:, :2], None, g[:, :2]), Use(x[:, 2:], None, g[:, 2:])]
+    expected = (g.double().mT @ x.double()).square().sum((0, 2))
+    assert float(expected[:40].max()) < 1e-4 * float(expected[40:].min())
+    assert short(6, (90, 70))
+    assert not short(20, (90, 70))
+    torch.testing.assert_close(row_squares(uses, 4, (90, 70)), expected, rtol=1e-8, atol=0.0)
+    monkeypatch.setattr("lpaf.factorize.fisher.short", lambda *_: False)
+    rounding = 1e-4 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(row_squares(uses, 4, (90, 70))[40:], expected[40:], rtol=rounding, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", ["deberta-v2", "gemma"])
 def test_models_whose_examples_share_inputs_or_scale_outputs_are_found_out(kind):
     """Positions of all examples at once; word embeddings whose module multiplies them."""
@@ -270,12 +300,15 @@ def encoded_problem(tmp_path: Path, task: str) -> tuple:
         "question-answering": questions,
         "summarization": stories,
         "language-modeling": stories,
+        "mlm": stories,
     }[task]
     for name, seed in (("train", 1), ("validation", 2)):
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows(10, seed))
     texts = {"summarization": "bart", "language-modeling": "gpt2"}
     if task in texts:
         source = write_text_model(tmp_path / "model", texts[task])
+    elif task == "mlm":
+        source = write_masked_model(tmp_path / "model")
     else:
         source = write_model(tmp_path / "model")
     data = load_task(task, data_dir=tmp_path / "data")
@@ -294,10 +327,12 @@ def own_loss(model: nn.Module, batch: Batch, problem: str) -> torch.Tensor:
         start, end = batch.pop("labels").unbind(1)
         return 2 * model(**batch, start_positions=start, end_positions=end).loss
     loss = model(**batch).loss
-    return loss * batch["labels"].numel() if problem == "summarization" else loss
+    if problem in TOKEN_PROBLEMS:  # of a block without hidden words the mean is none
+        loss = (loss * (batch["labels"] != -100).sum()).nan_to_num()
+    return loss
 
 
-TASKS = ("text-classification", "text-regression", "question-answering", "summarization", "language-modeling")
+TASKS = ("text-classification", "text-regression", "question-answering", "summarization", "language-modeling", "mlm")
 
 
 @pytest.mark.parametrize("task", TASKS)

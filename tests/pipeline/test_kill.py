@@ -42,6 +42,9 @@ CHAINS = [(method, None) for method in METHODS] + [
 def chosen(method: str, pruner: str | None = None, keep: float = 0.3) -> list[str]:
     """The options that choose a chain, its size, and what its pruner is told."""
     words = ["--method", method, *(["--pruner", pruner] if pruner else [])]
+    if METHODS[method].modules_only:
+        words += ["--modules", "embeddings,key", "--compression-ratio", "3", "--concatenate"]
+        return [*words, *(["--decoder", "mlp1", "--module-updates", "1200"] if method == "autoencoder" else ())]
     by_ratio = METHODS[method].factorizer is None or METHODS[method].proportional
     structured = METHODS[method].compact and PRUNERS[METHODS[method].pruner].structured
     ratio = "1.0" if structured and keep == 1.0 else "0.5"
@@ -63,7 +66,9 @@ def happens(death: str, method: str, pruner: str | None = None) -> bool:
         "round": name != "lottery-ticket",
         "fisher": not chain.by_fisher,
         "factorize": not chain.factorizer,
-        "truncate": bool(chain.factorizer) or chain.compact,
+        "truncate": bool(chain.factorizer) or chain.compact or chain.modules_only,
+        "module store": not chain.modules_only,
+        "module": method != "autoencoder",
     }
     return not absent.get(death, absent.get(death.split()[0], False))
 

@@ -13,6 +13,7 @@ layer, layers that share their weights) the example's gradients add up before th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,8 @@ class RowFisher:
     def _finish(self, weight: nn.Parameter) -> None:
         """Square the gradients of every example, all uses of the weight added up."""
         uses = [use for use in self.uses.pop(weight) if use.grad is not None]
-        self.totals[weight] += row_squares(uses, self.size, tuple(weight.shape))
+        if uses:
+            self.totals[weight] += row_squares(uses, self.size, tuple(weight.shape))
 
 
 def squares(gradients: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
@@ -182,24 +184,46 @@ def row_squares(uses: Sequence[Use], examples: int, shape: tuple[int, int]) -> t
     """Row sums of the squared gradients of a weight [n, m], summed over the ``examples`` of a batch: float64 [n].
 
     Args:
-        uses: all uses of the weight, their gradients known.
+        uses: all uses of the weight, one or more, their gradients known.
     """
     n, m = shape
-    linear = [(use.grad.reshape(examples, -1, n), use.inputs.reshape(examples, -1, m)) for use in uses if not use.reads]
     places, read = token_gradients([use for use in uses if use.reads], examples, shape)
-    device = uses[0].grad.device if uses else None
-    total = torch.zeros(n, dtype=torch.float64, device=device)
+    linear = [use for use in uses if not use.reads]
+    total = torch.zeros(n, dtype=torch.float64, device=uses[0].grad.device)
     if not linear:
-        return total if read is None else total.index_add_(0, places % n, squares(read, dim=1))
+        return total.index_add_(0, places % n, squares(read, dim=1))
+    # Uses one after another are as more positions of one: sum_u g_u^T x_u.
+    grads = torch.cat([use.grad.reshape(examples, -1, n) for use in linear], dim=1)
+    inputs = torch.cat([use.inputs.reshape(examples, -1, m) for use in linear], dim=1)
+    if read is None and short(inputs.shape[1], shape):
+        return short_row_squares(grads.double(), inputs.double())
     step = max(1, ENTRIES // (examples * m))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        gradient = sum(grad[..., rows].mT @ inputs for grad, inputs in linear)  # [B, rows, m]
+        gradient = grads[..., rows].mT @ inputs  # [B, rows, m]
         if read is not None:
             here = (places % n >= rows.start) & (places % n < rows.stop)
             gradient[places[here] // n, places[here] % n - rows.start] += read[here]
         total[rows] = squares(gradient, dim=(0, 2))
     return total
+
+
+def short(length: int, shape: tuple[int, int]) -> bool:
+    """Whether examples of ``length`` positions are so short that products of positions, in float64, cost less than the
+    gradients of a weight [n, m]."""
+    return 2 * length * sum(shape) <= math.prod(shape)
+
+
+def short_row_squares(grads: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Row sums of the squares of g^T x, summed over examples, float64 [n], without forming g^T x.
+
+    A row is sum_t g_ti x_t, its square sum_ts g_ti g_si <x_t, x_s> (Goodfellow, 2015, for one position). Where the
+    positions cancel, rounding is that of what cancels: float64.
+
+    Args:
+        grads, inputs: g [B, T, n] and x [B, T, m], float64.
+    """
+    return ((inputs @ inputs.mT @ grads) * grads).sum(dim=(0, 1)).clamp_min(0.0)
 
 
 def token_gradients(

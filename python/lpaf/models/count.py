@@ -24,6 +24,7 @@ from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MixedRank
 
 from ..errors import InputError
 from .blocks import removable_layers
+from .decoded import STORED, stored_params
 from .targets import encoder_linears, find_targets
 
 Shape = tuple[int, int]
@@ -40,12 +41,10 @@ def _as_stored(module: nn.Module) -> nn.Module:
 
 
 def linear_params(module: nn.Module) -> int:
-    """Stored weights of one linear; kept-column indices are counted, biases are not."""
+    """Stored weights of one linear; indices of kept columns, norms and decoders are counted, biases of the linear are
+    not."""
     module = _as_stored(module)
-    if isinstance(module, LowRankSparseLinear):
-        kept = module.kept.numel()
-        return module.down.numel() + module.up.numel() + kept
-    return module.weight.numel()
+    return stored_params(module) if isinstance(module, STORED) else module.weight.numel()
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -23,13 +23,14 @@ from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, swap_line
 
 from ..errors import InputError
 from .blocks import Sizes, removable_layers, removed_sizes
-from .conv1d import features, use_linears
+from .conv1d import use_linears
+from .decoded import depends, describe, make, tensor_shapes, tie_output
 from .t5 import leave_out_casts
 from .targets import encoder_linears
 
 QUANT_METHOD = "lpaf"
-#: 2: parts of layers are gone
-FORMAT_VERSION = 2
+#: 2: parts of layers are gone; 3: layers with decoders, or that share what another stores
+FORMAT_VERSION = 3
 #: bytes to a multiple of which torch aligns its tensors on the CPU
 ALIGNMENT = 64
 
@@ -39,7 +40,8 @@ class CompressionConfig(QuantizationConfigMixin):
     """What a compressed checkpoint needs to rebuild its layers; saved as ``quantization_config`` in config.json.
 
     Args:
-        modules: matrix name, relative to the base model ("encoder.layer.0.attention.self.query"), -> {"rank", "kept"}.
+        modules: module name, relative to the base model ("encoder.layer.0.attention.self.query"), -> its description
+            (:mod:`.decoded`), such as {"rank", "kept"}.
         method: the ``--method`` that made the checkpoint, for information.
         rank: instead of ``modules``, for a dense checkpoint: factorise every encoder linear at this rank on the fly
             (plain truncated SVD, no retraining).
@@ -51,7 +53,7 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        modules: Mapping[str, Mapping[str, int]] | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
         method: str | None = None,
         rank: int | None = None,
         keep: float = 0.0,
@@ -62,7 +64,8 @@ class CompressionConfig(QuantizationConfigMixin):
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method: expected {QUANT_METHOD!r}, got {quant_method!r}")
         if format_version is None:
-            format_version = 2 if layers else 1
+            decoded = any("rank" not in entry for entry in (modules or {}).values())
+            format_version = 3 if decoded else 2 if layers else 1
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version: this checkpoint has layout {format_version}, this lpaf reads up to {FORMAT_VERSION}; "
@@ -105,18 +108,14 @@ def remove_parts(model: nn.Module, config: CompressionConfig) -> None:
 
 
 def compression_config(model: nn.Module, method: str | None) -> CompressionConfig:
-    """The configuration that rebuilds the ``LowRankSparseLinear`` layers of ``model`` and leaves out what it lacks.
+    """The configuration that rebuilds the compressed layers of ``model`` and leaves out what it lacks.
 
     Raises InputError for a model that is still being pruned.
     """
     for name, module in model.named_modules():
         if isinstance(module, LowRankPlusSparseLinear):
             raise InputError(f"model: {name} still has a dense S; detach the pruner, then save")
-    modules = {
-        base_name(model, name): {"rank": module.rank, "kept": module.kept.numel()}
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankSparseLinear)
-    }
+    modules = describe({module: base_name(model, name) for name, module in model.named_modules()})
     layers = {base_name(model, name): list(sizes) for name, sizes in removed_sizes(model).items()}
     return CompressionConfig(modules=modules, method=method, layers=layers)
 
@@ -148,25 +147,24 @@ class CompressionQuantizer(HfQuantizer):
         config = self.quantization_config
         remove_parts(model, config)
         names = {base_name(model, name): name for name, _ in model.named_modules()}
-        for relative, entry in config.modules.items():
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        made: dict[str, nn.Module] = {}
+        for relative, entry in sorted(config.modules.items(), key=lambda item: depends(item[1])):
+            if "tied" in entry and relative not in names:
+                continue  # an output layer, which the base model and other heads do not have
             if relative not in names:
                 raise InputError(
                     f"model: the checkpoint compresses {relative!r}, which {type(model).__name__} does not have; "
                     "its config.json does not belong to this model class"
                 )
             name = names[relative]
-            linear = model.get_submodule(name)
-            model.set_submodule(
-                name,
-                LowRankSparseLinear(
-                    *features(linear),
-                    rank=entry["rank"],
-                    kept=entry.get("kept", 0),
-                    bias=linear.bias is not None,
-                    device=linear.weight.device,
-                    dtype=linear.weight.dtype,
-                ),
-            )
+            if "tied" in entry:
+                tie_output(model, name, made[entry["tied"]])
+            else:
+                layer = make(entry, model.get_submodule(name), made.get(entry.get("shared")))
+                model.set_submodule(name, layer)
+            made[relative] = model.get_submodule(name)
+            self._shapes[name] = tensor_shapes(made[relative])
         leave_out_casts(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -179,12 +177,13 @@ class CompressionQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
             self.pre_quantized = True
             return model
-        modules = self.quantization_config.modules
-        for name, module in model.named_modules():
-            if isinstance(module, LowRankSparseLinear):
-                self._check_loaded(name, module, modules[base_name(model, name)])
-                if self._dtype is not None:
-                    module.to(self._dtype)
+        for name, shapes in self._shapes.items():
+            module = model.get_submodule(name)
+            self._check_tensors(name, module, shapes)
+            if isinstance(module, LowRankSparseLinear) and module.kept.numel():
+                module.check_kept()
+            if self._dtype is not None:
+                module.to(self._dtype)
         for layer in removable_layers(model) if self.quantization_config.layers else ():
             for role in layer.roles:
                 linear = layer.linear(role)
@@ -196,22 +195,9 @@ class CompressionQuantizer(HfQuantizer):
         align(model)
         return model
 
-    @classmethod
-    def _check_loaded(cls, name: str, module: LowRankSparseLinear, entry: Mapping[str, int]) -> None:
-        rank, kept = entry["rank"], entry.get("kept", 0)
-        expected = {
-            "down": (rank + kept, module.in_features),
-            "up": (rank, module.out_features),
-            "bias": (module.out_features,),
-            "kept": (kept,),
-        }
-        cls._check_tensors(name, module, expected)
-        if kept:
-            module.check_kept()
-
     @staticmethod
     def _check_tensors(name: str, module: nn.Module, expected: Mapping[str, tuple[int, ...]]) -> None:
-        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != expected[key]:
                 raise InputError(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lpaf_kernels import LowRankPlusSparseLinear, LowRankSparseLinear, MaskedLinear, MixedRankLinear
+from lpaf_kernels import DecodedLinear, LowRankPlusSparseLinear, LowRankSparseLinear, MaskedLinear, MixedRankLinear
 
 from ..errors import InputError
+from .reconstructed import ReconstructedLinear
 
 _BERT = {
     "query": "attention.self.query",
@@ -121,7 +122,13 @@ LAYER_LINEARS: dict[str, dict[str, str]] = {
 }
 
 LAYER_NAME = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-COMPRESSED_TYPES = (LowRankSparseLinear, LowRankPlusSparseLinear, MixedRankLinear)
+COMPRESSED_TYPES = (
+    LowRankSparseLinear,
+    LowRankPlusSparseLinear,
+    MixedRankLinear,
+    DecodedLinear,
+    ReconstructedLinear,
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import lpaf_kernels
 from lpaf_kernels import sparsity_statistics
 
 from ..data import sampled, tokenize
+from ..evaluate.metrics import compute_metrics
 from ..evaluate.predict import add_teacher_logits, predict, task_outputs
 from ..factorize import (
     FACTORIZERS,
@@ -31,8 +32,10 @@ from ..factorize import (
     rank_params,
     weighted_spectra,
 )
+from ..factorize.offline import ModulePlan, Part, compress_module, relative_error
 from ..models.checkpoint import save_compressed, save_model
 from ..models.count import encoder_params, largest_ranks, matrix_shapes, weight_bytes
+from ..models.decoded import build_layers, describe, install, layer_tensors, remake
 from ..models.t5 import leave_out_casts
 from ..models.targets import encoder_linears
 from ..models.truncate import truncate
@@ -92,7 +95,7 @@ class Compression:
         kept = self.workspace.directory / "stages" if options.checkpoint_steps else None
         self.stages = StageStore(Path(options.stages) if options.stages else kept)
         logits = options.distill_output if options.layer_wise else options.distill
-        self.distill = logits if prepared.method.distill else 0.0
+        self.distill = logits if prepared.method.distill and not prepared.untaught else 0.0
         #: weight of the task loss, if it is not what distillation leaves it
         self.task = 1.0 if options.layer_wise else None
         #: what the teacher adds to the loss of pruning and retraining
@@ -130,6 +133,21 @@ class Compression:
                 )
                 self.findings.score(stage, name, outputs, labels)
         say(f"{stage}: {spec.main_metric} {self.findings.metric(stage):.4f}")
+
+    def validation_metric(self, model: nn.Module) -> float:
+        """The main metric of ``model`` on the main validation split."""
+        prepared, spec = self.prepared, self.prepared.data.spec
+        name = prepared.data.main_split
+        outputs, labels = task_outputs(
+            model,
+            spec,
+            prepared.data.validation[name],
+            self.validation[name],
+            prepared.tokenizer,
+            prepared.spans,
+            prepared.texts,
+        )
+        return compute_metrics(spec, outputs, labels)[spec.main_metric]
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -201,6 +219,16 @@ class Compression:
             "device": self.prepared.device,
             "max_length": self.prepared.max_length,
         }
+        if kind == "module":
+            plans = {plan.group.name: plan.to_json() for plan in self.prepared.modules}
+            name = stage.partition("-")[2]
+            if self.options.stop_on == "metric":  # seen beside the groups that came before
+                before = list(plans)[: list(plans).index(name)]
+                settings |= {"stop_on": "metric", "before": [plans[other] for other in before]}
+            settings |= {"plan": plans[name], "fisher": None}
+            if self.prepared.method.weighs_by_fisher(self.options):
+                samples = None if self.options.fisher_file else self.options.fisher_samples or SAMPLES
+                settings |= {"fisher": fisher_fingerprint(self.options) or COMPUTE, "fisher_samples": samples}
         if kind in ("prune", "round"):
             settings |= {"pruner": method.pruner, "score_init": score_init(method.pruner, self.options)}
             if PRUNERS[method.pruner].structured:
@@ -318,7 +346,8 @@ class Compression:
             self.calibrated = {"source": self.options.calibration, **found}
 
     def fisher(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The Fisher information of the rows of ``model``'s encoder matrices, given or computed."""
+        """The Fisher information of the rows of ``model``'s encoder matrices and token embeddings, given or computed:
+        name -> row sums [n]."""
         prepared, options = self.prepared, self.options
         if prepared.fisher is not None:
             rows, record = prepared.fisher
@@ -340,7 +369,7 @@ class Compression:
             if options.save_fisher is not None:
                 record = {name: value for name, value in self.findings.fisher.items() if name != "source"}
                 from_main(lambda: save_fisher(Path(options.save_fisher), rows, record))
-        return {name: rows[name].to(prepared.device) for name in matrix_shapes(model)}
+        return {name: values.to(prepared.device) for name, values in rows.items()}
 
     def ranks(self, model: nn.Module, scores: dict[str, torch.Tensor] | None) -> dict[str, int]:
         """The rank of every matrix of the pruned ``model``: the same whenever it is asked for the same model."""
@@ -379,6 +408,59 @@ class Compression:
         self.evaluate(stage, model)
         return factorized
 
+    def compress_modules(self, model: nn.Module, fisher: Mapping[str, torch.Tensor] | None) -> Factorized:
+        """Put what stands in for them in place of the matrices that ``--modules`` names, in ``model`` itself.
+
+        Args:
+            fisher: matrix name -> Fisher information of its rows, if it weighs them.
+        """
+        errors, weights = {}, {}
+        for plan in self.prepared.modules:
+            name = plan.group.name
+            before = plan.group.weights(model)
+            tensors = self.once(f"module-{name}", partial(self.solve, plan, model, fisher))
+            found = self.findings.modules[name]
+            install(model, remake(model, found.pop("entries"), tensors))
+            found["seconds"] = round(self.findings.seconds[f"module {name}"], 2)
+            errors |= found["errors"]
+            weights |= before
+            mean = sum(found["errors"].values()) / len(before)
+            say(f"{name}: {plan.ratio:.2f}x smaller, relative error {mean:.3f}")
+        if self.options.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
+        self.evaluate("factorized", model)
+        linears = encoder_linears(model)
+        return Factorized(*({name: of[name] for name in of if name in linears} for of in (errors, weights)))
+
+    def solve(self, plan: ModulePlan, model: nn.Module, fisher: Mapping[str, torch.Tensor] | None) -> Tensors:
+        """What stands in for the matrices of one group of ``model``."""
+        label = f"module {plan.group.name}"
+        kept = self.workspace.stage(label.replace(" ", "-")) if self.options.checkpoint_steps else None
+        score = partial(self.score_modules, plan, model) if self.options.stop_on == "metric" else None
+
+        def work() -> tuple[Tensors, dict[str, Any]]:
+            weights = plan.group.weights(model)
+            layers = build_layers(model, compress_module(plan, weights, fisher, kept, score), plan.joint)
+            entries = describe({layer: name for name, layer in layers.items()})
+            errors = {name: relative_error(weights[name], layer.weight) for name, layer in layers.items()}
+            return layer_tensors(layers), plan.record() | {"errors": errors, "entries": entries}
+
+        with self.findings.timed(label):
+            tensors, self.findings.modules[plan.group.name] = from_main(work)
+        return tensors
+
+    def score_modules(self, plan: ModulePlan, model: nn.Module, parts: Mapping[str, Part]) -> float:
+        """The metric of ``model`` on the main validation split, the less the better, with what stands in for some of a
+        group's matrices."""
+        before = {name: weight.clone() for name, weight in plan.group.weights(model).items()}
+        with torch.no_grad():
+            for name, part in parts.items():
+                model.get_submodule(name).weight.copy_(part.weight())
+            metric = self.validation_metric(model)
+            for name, weight in before.items():
+                model.get_submodule(name).weight.copy_(weight)
+        return metric if self.prepared.data.spec.lower_is_better else -metric
+
     def truncate(self, model: nn.Module) -> tuple[nn.Module, Factorized]:
         """The first layers of ``model``, in whose matrices there is no error."""
         student = truncate(model, self.prepared.layers)
@@ -402,7 +484,8 @@ class Compression:
         """Retrain the factorised ``model`` in place."""
         method, options = self.prepared.method, self.options
         epochs = options.retrain_epochs
-        if method.pruner is None or not PRUNERS[method.pruner].trains:
+        offline = self.prepared.modules is not None
+        if not offline and (method.pruner is None or not PRUNERS[method.pruner].trains):
             epochs += options.prune_epochs  # methods that do not train while pruning get the same number of updates
         train = self.train_options(epochs, options.retrain_lr, offset=2)
         consistency = 1.0 if method.consistency else 0.0
@@ -438,9 +521,13 @@ class Compression:
             sparse.load_state_dict(self.pretrained)
         scores = self.prune(sparse, train_set, dense)
         self.calibrate(sparse)
-        information = self.fisher(sparse) if self.prepared.method.by_fisher else scores
+        weighs = self.prepared.method.weighs_by_fisher(self.options)
+        information = self.fisher(sparse) if weighs else scores
         if self.prepared.method.compact:
             model, factorized = self.retrained(sparse, self.compacted(sparse, dense), train_set, before="pruned")
+        elif self.prepared.modules is not None:
+            factorized = self.compress_modules(sparse, information)
+            model, factorized = self.retrained(sparse, factorized, train_set, before="factorized")
         elif self.prepared.layers is not None:
             model, factorized = self.retrained(*self.truncate(sparse), train_set, before="factorized")
         else:

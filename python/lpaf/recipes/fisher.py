@@ -34,13 +34,18 @@ SCHEMA = 1
 METADATA = "lpaf_fisher"
 
 
-def check_fisher(options: CompressOptions, weighs: bool) -> None:
+def check_fisher(options: CompressOptions, weighs: bool, may: bool = False) -> None:
     """InputError for options of Fisher information that the run would ignore, or a file that cannot be written.
 
     Args:
         weighs: whether the method weighs rows by Fisher information.
+        may: whether it does where ``--fisher`` asks for it.
     """
-    if not weighs:
+    if may and options.fisher is None:
+        for name in given_flags(options, FISHER_OPTIONS):
+            raise InputError(f"{name}: is for Fisher information; pass --fisher FILE or {COMPUTE} as well")
+        return
+    if not (weighs or may):
         for name in given_flags(options, FISHER_OPTIONS):
             raise InputError(
                 f"{name}: --method {options.method} has no use for Fisher information; leave it out, or pass "

@@ -60,6 +60,8 @@ def rank_record(
         compact: whether they are the sums of what ``model`` stores.
     """
     dense = {name: weight for name, weight in dense.items() if name in factorized.weights}
+    if not dense:  # token embeddings alone were compressed
+        return {"mean_before": None, "mean_after": None, "mean_compressed": None, "per_matrix": {}}, {}
     spectra = {"dense": singular_values(dense, "spectra dense")}
     if pruned:
         spectra["pruned"] = singular_values(factorized.weights, "spectra pruned")

@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..prune import PRUNERS
 from .calibrate import check_calibration, check_retraining
 from .fisher import check_fisher
+from .modules import check_modules
 from .options import FISHER_OPTIONS, LAYER_WISE, CompressOptions, given_flags
 from .pruning import PRUNER_OPTIONS, check_pruner_options, takes
 
@@ -29,10 +30,12 @@ class Method:
         pruner: name in ``lpaf.prune.PRUNERS``, or None.
         factorizer: name in ``lpaf.factorize.FACTORIZERS``; None leaves layers out instead, unless ``compact``.
         compact: whether the pruner leaves the final layers behind, so that nothing is factorised.
+        modules_only: whether it compresses the modules that ``--modules`` names, and nothing else.
         proportional: whether ``--ratio`` gives every matrix ranks in proportion to its size, instead of one rank.
         low_rank_share: share of the weights for U V: None takes that of ``--low-rank-share``, 0 leaves U V out, 1
             gives it all of ``--ratio``. For a pruner that takes it.
         weighting: row weights of the factoriser: "none", "mask", "scores", or "fisher", which no option changes.
+        takes_fisher: whether Fisher information weighs rows where ``--fisher`` asks for it.
         retrainer: name in ``lpaf.retrain.RETRAINERS``.
         consistency: whether retraining compares two passes.
         distill: whether the dense model teaches.
@@ -43,15 +46,18 @@ class Method:
     pruner: str | None
     factorizer: str | None
     compact: bool = False
+    modules_only: bool = False
     proportional: bool = False
     low_rank_share: float | None = None
     weighting: str = "none"
+    takes_fisher: bool = False
     retrainer: str = "plain"
     consistency: bool = False
     distill: bool = True
 
     def with_options(self, options: CompressOptions) -> Method:
         """The method with the pruner that ``options`` name and without the steps that they switch off."""
+        check_modules(options, self.modules_only)
         if self.compact:
             for name, given in (("--no-prune", not options.prune), ("--pruner", options.pruner is not None)):
                 if given:
@@ -75,7 +81,7 @@ class Method:
         if weighting not in ("none", FISHER):
             weighting = options.weighting if pruner else "none"
         check_calibration(options, self.factorizer is not None)
-        check_fisher(options, self.by_fisher)
+        check_fisher(options, self.by_fisher, self.takes_fisher)
         check_retraining(options, pruner)
         return replace(
             self,
@@ -90,11 +96,16 @@ class Method:
         """Whether the factoriser weighs rows by their Fisher information."""
         return self.weighting == FISHER
 
+    def weighs_by_fisher(self, options: CompressOptions) -> bool:
+        """Whether a run with ``options`` weighs rows by their Fisher information."""
+        return self.by_fisher or (self.takes_fisher and options.fisher is not None)
+
     def idle(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The options about pruning, the teacher and Fisher information that mean nothing to a run of this method with
         ``settings``."""
         untaught = () if self.distill else ("distill", *LAYER_WISE)
-        unused = (*untaught, *(("weighting",) if self.by_fisher else FISHER_OPTIONS))
+        weighs = self.by_fisher or self.takes_fisher
+        unused = (*untaught, *(("weighting",) if weighs else FISHER_OPTIONS))
         if self.pruner is None or settings.get("prune") is False:
             return (*PRUNER_OPTIONS, *unused)
         pruner = settings.get("pruner") or self.pruner
@@ -189,6 +200,22 @@ METHODS = {
             pruner="cofi+losparse",
             factorizer=None,
             compact=True,
+        ),
+        Method(
+            "autoencoder",
+            "offline: latent rows and a decoder for token embeddings and other matrices (Banaei et al., 2023)",
+            pruner=None,
+            factorizer=None,
+            modules_only=True,
+            takes_fisher=True,
+        ),
+        *(
+            Method(name, f"offline: {summary}", pruner=None, factorizer=None, modules_only=True)
+            for name, summary in (
+                ("prune-l1", "the largest weights of chosen matrices, and where they stand"),
+                ("kronecker", "the nearest Kronecker product to each of them"),
+                ("tucker", "their Tucker decomposition, of all layers at once with --concatenate"),
+            )
         ),
         Method(
             "truncate",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..factorize import WEIGHTINGS
+from ..factorize import FISHER_TRANSFORMS, WEIGHTINGS
 from ..models.count import AUTO
 from ..models.neurons import LOW_RANK_SHARE
 
@@ -73,6 +73,52 @@ class CompressOptions:
         metavar="E",
     )
     force: bool = option(False, "accept ranks above break-even, where factors outweigh their matrix", "size")
+
+    modules: str | None = option(
+        None,
+        "offline compression of these matrices, without training: embeddings, and roles of linears such as key, query, "
+        "value, output-dense",
+        "modules",
+        metavar="NAME,NAME",
+    )
+    compression_ratio: float | None = option(
+        None, "size of the --modules before over their size after, all stored numbers counted", "modules", metavar="CR"
+    )
+    module_settings: str | None = option(
+        None,
+        "TOML file with a table [NAME] for modules whose settings differ: the options of this group but the first",
+        "modules",
+        metavar="FILE",
+    )
+    concatenate: bool = option(
+        False, "the matrices of a role in all layers, on top of each other, share a decoder", "modules"
+    )
+    decoder: str | None = option(
+        None, "autoencoder: its decoder (default: linear)", "modules", choices=("linear", "mlp1", "mlp2")
+    )
+    cosine: float | None = option(
+        None, "autoencoder: share B of the cosine distance in its loss, in [0, 1] (default: 0)", "modules", metavar="B"
+    )
+    keep_norms: bool = option(False, "autoencoder: rebuilt rows get the norms of the original ones", "modules")
+    module_lr: float | None = option(None, "autoencoder: learning rate (default: 5e-4)", "modules", metavar="X")
+    module_updates: int | None = option(None, "autoencoder: most updates (default: 10000)", "modules", metavar="N")
+    module_batch: int | None = option(None, "autoencoder: rows per update (default: 256)", "modules", metavar="N")
+    module_patience: int | None = option(
+        None, "autoencoder: stop after N times 500 updates without a better loss (default: 4)", "modules", metavar="N"
+    )
+    fisher_transform: str | None = option(
+        None,
+        "autoencoder: how the rows' Fisher information x weighs them in its loss: x^0.1, x^0.5 (default), x^0.9, x^2, "
+        "log, log+10, raw",
+        "modules",
+        choices=FISHER_TRANSFORMS,
+    )
+    stop_on: str | None = option(
+        None,
+        "autoencoder: what has to get better, the loss of its own, or the model's metric on validation (default: loss)",
+        "modules",
+        choices=("loss", "metric"),
+    )
 
     data_dir: str | None = option(
         None,
@@ -164,7 +210,12 @@ class CompressOptions:
         metavar="F",
     )
     prune_epochs: float = option(2.0, "epochs of pruning", "training", metavar="F")
-    retrain_epochs: float = option(3.0, "epochs of retraining after factorisation; 0: none", "training", metavar="F")
+    retrain_epochs: float | None = option(
+        None,
+        "epochs of retraining after factorisation; 0: none (default: 3, with --modules 0)",
+        "training",
+        metavar="F",
+    )
     batch_size: int = option(32, "examples per update", "training", metavar="N")
     finetune_lr: float = option(5e-5, "learning rate of dense fine-tuning", "training", metavar="X")
     prune_lr: float = option(5e-5, "learning rate of the weights while pruning", "training", metavar="X")
@@ -280,6 +331,8 @@ class CompressOptions:
     bench_length: int = option(128, "sequence length of the latency and FLOP figures", "running", metavar="N")
 
     def __post_init__(self) -> None:
+        if self.retrain_epochs is None:
+            object.__setattr__(self, "retrain_epochs", 3.0 if self.modules is None else 0.0)
         for name in ("model", "task", "output"):
             if not getattr(self, name):
                 raise InputError(f"{flag(name)}: is required")
@@ -397,6 +450,22 @@ RUN_OPTIONS = (
 )
 #: options that name what a run reads: its content counts, not where it lies
 PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file", "calibration", "fisher")
+PATH_OPTIONS += ("module_settings",)
+#: options of what becomes of single modules; what of them decides a module's numbers is in its plan
+MODULE_OPTIONS = (
+    "modules",
+    "compression_ratio",
+    "concatenate",
+    "decoder",
+    "cosine",
+    "keep_norms",
+    "module_lr",
+    "module_updates",
+    "module_batch",
+    "module_patience",
+    "stop_on",
+    "fisher_transform",
+)
 #: options that no stage before retraining depends on
 RETRAIN_OPTIONS = (
     "method",
@@ -442,11 +511,12 @@ PRUNE_OPTIONS = (
 )
 #: stages whose results are kept -> options that they do not depend on
 INDEPENDENT = {
-    "finetune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "teacher": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "fisher": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
-    "prune": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
-    "round": (*RUN_OPTIONS, *PATH_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "finetune": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "teacher": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "fisher": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
+    "prune": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "round": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, "pruner"),
+    "module": (*RUN_OPTIONS, *PATH_OPTIONS, *MODULE_OPTIONS, *RETRAIN_OPTIONS, *PRUNE_OPTIONS),
 }
 
 

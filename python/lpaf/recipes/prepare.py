@@ -16,6 +16,7 @@ from ..data import TaskData, check_labels, get_task, load_task
 from ..data.spans import SpanOptions, span_options
 from ..data.texts import TextOptions, text_options
 from ..errors import InputError
+from ..factorize.offline import ModulePlan
 from ..models.blocks import check_removable, least_ratio
 from ..models.checkpoint import check_kind, is_compressed, load_config, load_dense, load_tokenizer
 from ..models.count import AUTO, check_size, matrix_shapes, resolve_budget, resolve_rank
@@ -28,6 +29,7 @@ from ..prune import PRUNERS
 from .calibrate import load_calibration
 from .fisher import load_fisher
 from .methods import Method, get_method
+from .modules import module_plans
 from .options import CALIBRATE_ON_TRAINING, CompressOptions, answer_fields, text_fields
 from .pruning import budget_of
 from .workspace import check_output, is_published
@@ -43,6 +45,8 @@ class Prepared:
     ``rank`` is that of every matrix; None where each gets its own after pruning: by ``budget``, the number of weights
     they share, or by the error asked for. ``ranks``: those of a method that fixes them in proportion to the matrices.
     ``layers``: how many a method that leaves layers out keeps. ``neurons``: what a method that prunes neurons spends.
+    ``modules``: what becomes of those that ``--modules`` names, alone. ``untaught``: whether the dense model's head is
+    new when the matrices are compressed, so that it has nothing to teach.
     ``bench_length``: the length of the latency and FLOP figures, as far as the model takes so many tokens.
     ``calibration``: the examples of the file that ``--calibration`` names. ``fisher``: row sums and record of the file
     that ``--fisher`` names.
@@ -61,6 +65,8 @@ class Prepared:
     ranks: dict[str, int] | None
     layers: int | None
     neurons: NeuronBudget | None
+    modules: list[ModulePlan] | None
+    untaught: bool
     finetune_epochs: float
     device: str
     bench_length: int
@@ -94,6 +100,8 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
             f"--batch-size {options.batch_size}: {processes} processes share a batch out evenly; pass a multiple of "
             f"{processes}"
         )
+    if processes > 1 and options.stop_on == "metric":
+        raise InputError("--stop-on metric: runs in one process, whose decisions are its own; leave it out")
     method = get_method(options.method).with_options(options)
     device = resolve_device(options.device)
     check_method_size(method, options)
@@ -109,6 +117,8 @@ def check_options(options: CompressOptions) -> tuple[Method, str]:
 
 def check_method_size(method: Method, options: CompressOptions) -> None:
     """InputError unless the one size that is asked for is of a kind that the method knows."""
+    if options.modules is not None:
+        return
     by_ratio = method.factorizer is None or method.proportional
     if by_ratio and (options.ratio is None or options.rank is not None):
         raise InputError(
@@ -129,7 +139,8 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
     check_kind(config, spec.problem, options.model)
     texts = {name: getattr(options, name) for name in text_fields()}
     texts = text_options(spec, texts, config, most_tokens(config))
-    if config.is_encoder_decoder and method.factorizer is None and not method.compact:
+    truncates = method.factorizer is None and not method.compact and not method.modules_only
+    if config.is_encoder_decoder and truncates:
         raise InputError(
             f"--method {method.name}: leaves layers out of one stack, and --model {options.model} has two, encoder and "
             "decoder; pass --method lpaf or svd"
@@ -152,8 +163,10 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         data = in_order_of_head(data, config, options)
     model, head_trained = load_dense(options.model, data.labels, data.spec.problem)
     shapes = matrix_shapes(model)
-    rank = budget = ranks = layers = neurons = None
-    if method.compact:
+    rank = budget = ranks = layers = neurons = modules = None
+    if options.modules is not None:
+        modules = module_plans(model, options)
+    elif method.compact:
         if PRUNERS[method.pruner].structured:
             check_structures(model, method, options)
         if PRUNERS[method.pruner].budgeted:
@@ -168,12 +181,20 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         rank = resolve_rank(shapes, options.rank, options.ratio, options.force)
     fisher = None
     if options.fisher_file is not None:
-        fisher = load_fisher(Path(options.fisher_file), {name: shape[0] for name, shape in shapes.items()})
+        wanted = (
+            shapes
+            if modules is None
+            else {name: of[name] for plan in modules for of in [plan.group.shapes] for name in of}
+        )
+        fisher = load_fisher(Path(options.fisher_file), {name: shape[0] for name, shape in wanted.items()})
     epochs = options.finetune_epochs
     if epochs is None:
-        # a language model's head is trained whatever it was trained on
-        epochs = 0.0 if head_trained and not spec.predicts_tokens else 3.0
-    if epochs == 0 and not head_trained:
+        if modules is not None:  # offline: the model as it is, to be fine-tuned afterwards if at all
+            epochs = 0.0 if head_trained or options.retrain_epochs > 0 else 3.0
+        else:  # a language model's head is trained whatever it was trained on
+            epochs = 0.0 if head_trained and not spec.predicts_tokens else 3.0
+    untaught = epochs == 0 and not head_trained
+    if untaught and not (modules is not None and options.retrain_epochs > 0):
         raise InputError(
             f"--finetune-epochs 0: {options.model} has no trained head for task {options.task}; pass a fine-tuned "
             "model, or leave the option out"
@@ -193,6 +214,8 @@ def load(options: CompressOptions, method: Method, device: str) -> Prepared:
         ranks=ranks,
         layers=layers,
         neurons=neurons,
+        modules=modules,
+        untaught=untaught,
         finetune_epochs=epochs,
         device=device,
         bench_length=min(options.bench_length, most_tokens(config) or options.bench_length),
@@ -215,7 +238,7 @@ def check_structures(model: nn.Module, method: Method, options: CompressOptions)
 def reads_training_data(options: CompressOptions, method: Method) -> bool:
     """Whether anything is trained on the training set, calibrated, or asked for its Fisher information."""
     pruned = method.pruner is not None and PRUNERS[method.pruner].trains
-    informs = method.by_fisher and options.fisher_file is None
+    informs = method.weighs_by_fisher(options) and options.fisher_file is None
     return options.trains or pruned or informs or options.calibration == CALIBRATE_ON_TRAINING
 
 

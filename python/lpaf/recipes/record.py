@@ -40,6 +40,8 @@ class Findings:
         #: training stage -> what it logged
         self.history: dict[str, list[dict[str, float]]] = {}
         self.seconds: dict[str, float] = {}
+        #: group that ``--modules`` names -> what became of it
+        self.modules: dict[str, dict[str, Any]] = {}
         #: what Fisher information was computed on
         self.fisher: dict[str, Any] = {}
         #: "stage.split" -> score of every example, float32 [N]
@@ -74,7 +76,8 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """All but ``examples``, which are tensors."""
-        return {"details": self.details, "history": self.history, "seconds": self.seconds, "fisher": self.fisher}
+        found = {"details": self.details, "history": self.history, "seconds": self.seconds}
+        return found | {"fisher": self.fisher, "modules": self.modules}
 
     def restore(self, record: Mapping[str, Any], examples: Mapping[str, torch.Tensor]) -> None:
         """Add what :meth:`to_json` gave an earlier run, and its examples."""
@@ -161,6 +164,7 @@ def run_record(
         },
         "rank": ranks,
         "calibration": calibrated,
+        "modules": findings.modules or None,
         "fisher": findings.fisher or None,
         "training": findings.history,
         "seconds": {stage: round(value, 2) for stage, value in findings.seconds.items()},

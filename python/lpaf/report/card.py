@@ -12,6 +12,9 @@ import yaml
 from lpaf.report.summary import (
     command_text,
     flatten,
+    format_count,
+    format_factor,
+    format_seconds,
     headlines,
     latency_conditions,
     loading_snippet,
@@ -29,6 +32,10 @@ METHODS = {
     "movement-structured": "structured movement pruning of neurons, then fine-tuning",
     "low-rank-1": "truncated singular value decomposition, every matrix at the same share, then fine-tuning",
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing, then fine-tuning",
+    "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, then fine-tuning",
+    "prune-l1": "offline: the largest weights of chosen matrices, then fine-tuning",
+    "kronecker": "offline: Kronecker products in place of chosen matrices, then fine-tuning",
+    "tucker": "offline: Tucker decompositions in place of chosen matrices, then fine-tuning",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi), then fine-tuning",
     "cofi+losparse": "blocks and heads removed by learned gates (CoFi), matrices as low-rank plus sparse (LoSparse)",
 }
@@ -43,12 +50,20 @@ WITHOUT_RETRAINING = {
     "low-rank-1": "truncated singular value decomposition, every matrix at the same share, without training",
     "low-rank-2": "low-rank plus sparse matrices with the sparse part pruned to nothing",
     "cofi": "blocks, heads and feed-forward neurons removed by learned gates (CoFi)",
+    "autoencoder": "offline compression: latent rows and decoders stand in for chosen matrices, without training",
+    "prune-l1": "offline: the largest weights of chosen matrices, without training",
+    "kronecker": "offline: Kronecker products in place of chosen matrices, without training",
+    "tucker": "offline: Tucker decompositions in place of chosen matrices, without training",
     "truncate": "the first layers of the model as they are",
     "kd": "the first layers of the model as they are",
 }
 TAGS = {
     "lpaf": ("low-rank", "pruning"),
     "svd": ("low-rank", "svd"),
+    "autoencoder": ("low-rank", "autoencoder"),
+    "prune-l1": ("pruning",),
+    "kronecker": ("kronecker",),
+    "tucker": ("tucker",),
     "fwsvd": ("low-rank", "svd", "fisher-information"),
     "truncate": ("truncated",),
     "losparse": ("low-rank", "pruning", "structured-pruning"),
@@ -128,6 +143,20 @@ def calibration_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def module_lines(report: Mapping[str, Any]) -> list[str]:
+    """What became of the modules that were compressed alone."""
+    lines = []
+    for name, found in (report.get("modules") or {}).items():
+        errors = found["errors"].values()
+        together = ", all layers together" if found["joint"] else ""
+        lines.append(
+            f"- Module {_code(name)}: {format_count(found['weights'])} weights in {format_count(found['stored'])} "
+            f"numbers, {format_factor(found['ratio'])} smaller ({found['form']}{together}); mean relative error "
+            f"{sum(errors) / len(errors):.3f}; {format_seconds(found['seconds'])}"
+        )
+    return lines
+
+
 def fisher_lines(report: Mapping[str, Any]) -> list[str]:
     """What rows were weighted by, where that was Fisher information."""
     found = report.get("fisher")
@@ -151,6 +180,7 @@ def render_card(report: Mapping[str, Any]) -> str:
         f"{_one_line(validation) or 'none'}; data fingerprint {_code(data['fingerprint'])}",
         f"- Method: {_cell(methods.get(method, method))}",
         *calibration_lines(report),
+        *module_lines(report),
         *fisher_lines(report),
         f"- Seed: {_one_line(report['seed'])}",
         "- Versions: " + ", ".join(f"{_cell(name)} {_cell(version)}" for name, version in flatten(report["versions"])),

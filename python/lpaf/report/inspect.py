@@ -27,7 +27,16 @@ from lpaf.report.figures import (
     unpack_mask,
 )
 from lpaf.report.html import folded, matrix_table, page, picture_section, section, table
-from lpaf.report.summary import MISSING, Headline, format_percent, format_rank, headlines, is_number, whole_rank
+from lpaf.report.summary import (
+    MISSING,
+    Headline,
+    format_percent,
+    format_rank,
+    headline_sentence,
+    headlines,
+    is_number,
+    whole_rank,
+)
 from lpaf.report.write import ANALYSIS_FILE, REPORT_FILE, validate_report
 
 WEIGHTS_FILE = "model.safetensors"
@@ -73,6 +82,8 @@ class Inspection:
         """The finding in one line."""
         means, effective = self.summary["mean_rank"], self.summary["mean_effective_rank"]
         known = [stage for stage in ("dense", "pruned", "compressed") if is_number(means[stage])]
+        if not known:  # of matrices in layers nothing was compressed
+            return headline_sentence(self.report) if self.report else "no matrices in layers"
         text = "mean rank: " + ", ".join(f"{stage} {format_rank(means[stage])}" for stage in known)
         known = [stage for stage in ("dense", "pruned") if is_number(effective[stage])]
         if known:

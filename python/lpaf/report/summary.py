@@ -154,9 +154,14 @@ def speedup(report: Mapping[str, Any]) -> float | None:
 def headlines(report: Mapping[str, Any]) -> list[Headline]:
     """How many times smaller and faster the compressed model is, and how much of the metric it keeps."""
     found: list[Headline] = []
-    smaller = share(report["encoder_params"]["dense"], report["encoder_params"]["compressed"])
-    if smaller is not None:
-        found.append(Headline(format_factor(smaller), "smaller encoder"))
+    modules = report.get("modules")
+    if modules:
+        weights, stored = (sum(found[key] for found in modules.values()) for key in ("weights", "stored"))
+        found.append(Headline(format_factor(weights / stored), f"smaller {', '.join(modules)}"))
+    else:
+        smaller = share(report["encoder_params"]["dense"], report["encoder_params"]["compressed"])
+        if smaller is not None:
+            found.append(Headline(format_factor(smaller), "smaller encoder"))
     faster = speedup(report)
     if faster is not None:
         word = "faster" if faster >= 1 else "the dense speed"
@@ -194,6 +199,9 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
         return StageRow(label, write(dense), MISSING, MISSING, write(compressed), change)
 
     rows.append(pair("encoder parameters", report["encoder_params"], format_count))
+    for name, found in (report.get("modules") or {}).items():
+        counts = {"dense": found["weights"], "compressed": found["stored"]}
+        rows.append(pair(f"numbers of {name}", counts, format_count))
     rows.append(pair("all parameters", report["total_params"], format_count))
     rows.append(pair("file size", report["file_bytes"], format_bytes))
     rows.append(pair(f"MACs, length {flops['sequence_length']}", flops, format_count))
