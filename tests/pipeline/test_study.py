@@ -18,7 +18,7 @@ from lpaf.errors import InputError
 from lpaf.evaluate.metrics import paired_scores
 from lpaf.recipes import study as recipe
 from lpaf.recipes.study import Study, read_study, study
-from lpaf.report.study import Outcome, table
+from lpaf.report.study import Outcome, table, trade_off
 from tiny import sentences, write_rows
 
 FILE = """
@@ -408,3 +408,35 @@ def test_runs_that_calibrate_on_other_data_are_other_runs(tmp_path):
     ]
     names.append(recipe.Run("x", (), 0, {}, base | {"test_file": str(file)}).name)
     assert len(set(names)) == len(names)
+
+
+def test_modules_have_columns_of_their_own(tiny_model, tiny_data, tmp_path):
+    """Sizes and seconds of every module, and a picture over the whole model, whose encoder stays what it was."""
+    text = """
+    [options]
+    task = "text-classification"
+    finetune_epochs = 0.5
+    max_length = 16
+    bench_batch = 1
+    bench_length = 8
+    modules = "embeddings"
+    [grid]
+    compression_ratio = [3, 5]
+    [methods.svd]
+    method = "svd"
+    [methods.fwsvd]
+    method = "fwsvd"
+    fisher = "compute"
+    """
+    changes = {"model": str(tiny_model), "data_dir": str(tiny_data)}
+    result = study(str(written(tmp_path / "m.toml", text)), str(tmp_path / "out"), changes=changes)
+    assert [run["compression_ratio"] for run in result["runs"]] == [3, 5, 3, 5]
+    for run in result["runs"]:
+        assert run["compression_ratio"] <= run["embeddings_ratio"]
+        assert run["embeddings_seconds"] >= 0
+        assert run["encoder_ratio"] == 1
+        assert ("fisher_seconds" in run) == (run["method"] == "fwsvd")
+    assert "embeddings_ratio" in (tmp_path / "out" / "study.md").read_text()
+    outcomes = [Outcome(run["method"], (), 0, {}, tmp_path / "out" / "runs" / run["run"]) for run in result["runs"]]
+    figure = trade_off(outcomes, outcomes[0].splits[0])
+    assert figure.axes[0].get_xlabel() == "model parameters left"

@@ -37,7 +37,7 @@ EXAMPLE_SCORES = {
 }
 MARKERS = "osD^vP*X<>"
 TRADE_OFF_CAPTION = (
-    "The task metric against the share of the encoder's parameters that is left, means over the seeds with one "
+    "The task metric against the share of the {whole}'s parameters that is left, means over the seeds with one "
     "standard deviation each way; the dashed line is the dense model."
 )
 RANKS_CAPTION = (
@@ -184,8 +184,12 @@ def run_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "kept_share": float(np.mean([entry["kept_share"] for entry in pruned])) if pruned else None,
             "prune_seconds": sum(value for stage, value in seconds.items() if stage.startswith(("prune", "round"))),
             "retrain_seconds": seconds.get("retrain"),
-            "run": run.directory.name,
         }
+        for name, module in (report.get("modules") or {}).items():
+            row |= {f"{name}_ratio": module["ratio"], f"{name}_seconds": module["seconds"]}
+        if "fisher" in seconds:
+            row["fisher_seconds"] = seconds["fisher"]
+        row["run"] = run.directory.name
         rows.append(row)
     return rows
 
@@ -199,13 +203,20 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def whole(outcomes: Sequence[Outcome]) -> str:
+    """What sizes are a share of: the encoder, or the model where modules were compressed, embeddings among them."""
+    return "model" if any(run.report.get("modules") for run in outcomes) else "encoder"
+
+
 def trade_off(outcomes: Sequence[Outcome], split: str) -> Figure:
-    """Metric against the share of encoder parameters, one line per method."""
+    """Metric against the share of the parameters, one line per method."""
+    params = {"encoder": "encoder_params", "model": "total_params"}[whole(outcomes)]
     entries = table(outcomes, "compressed", split, None)
     name = outcomes[0].report["metric"]["name"]
     ratios: dict[tuple[str, Cell], list[float]] = {}
     for run in outcomes:
-        ratios.setdefault((run.label, run.cell), []).append(run.report["encoder_params"]["ratio"])
+        sizes = run.report[params]
+        ratios.setdefault((run.label, run.cell), []).append(sizes["compressed"] / sizes["dense"])
     with styled():
         figure, axes = grid(1, 1, 3.4)
         plot = axes[0, 0]
@@ -225,7 +236,7 @@ def trade_off(outcomes: Sequence[Outcome], split: str) -> Figure:
         dense = statistics.fmean(run.metric("dense", split) for run in outcomes)
         plot.axhline(dense, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0)
         plot.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        plot.set_xlabel("encoder parameters left")
+        plot.set_xlabel(f"{whole(outcomes)} parameters left")
         plot.set_ylabel(f"{name}, {split}")
         figure.legend(loc="outside right upper")
         return figure
@@ -265,7 +276,8 @@ def ranks_by_share(outcomes: Sequence[Outcome], split: str) -> Figure | None:
 
 def study_pictures(outcomes: Sequence[Outcome], split: str) -> list[Picture]:
     """The pictures that these runs allow."""
-    found = [Picture("trade_off", "Trade-off", TRADE_OFF_CAPTION, trade_off(outcomes, split))]
+    caption = TRADE_OFF_CAPTION.format(whole=whole(outcomes))
+    found = [Picture("trade_off", "Trade-off", caption, trade_off(outcomes, split))]
     ranks = ranks_by_share(outcomes, split)
     if ranks is not None:
         found.append(Picture("rank_by_share", "Rank against kept share", RANKS_CAPTION, ranks))
