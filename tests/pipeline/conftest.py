@@ -60,6 +60,12 @@ def wikitext() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cnn_dailymail() -> Path:
+    """Folder with validation.csv, articles and their highlights; skips where there is none."""
+    return real_data("cnn_dailymail", "validation.csv")
+
+
+@pytest.fixture(scope="session")
 def masked_minilm(wikitext, tmp_path_factory) -> tuple[Path, str]:
     """Directory of the built-in MiniLM with a head that was trained for a quarter of an hour to tell hidden words, and
     what its training printed; for slow tests. Skips without the checkpoint's package."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import real_data
 from datasets import Dataset
 from test_kill import assert_same_run, kill_and_resume, story
 from test_processes import difference, run
@@ -566,9 +565,9 @@ def test_two_processes_end_with_the_weights_of_one(data, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_real_articles(tmp_path, name):
+def test_real_articles(cnn_dailymail, tmp_path, name):
     """Real columns, lengths and characters: the run's figures come back exactly."""
-    source = real_data("cnn_dailymail", "validation.csv") / "validation.csv"
+    source = cnn_dailymail / "validation.csv"
     csv.field_size_limit(10**7)
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
