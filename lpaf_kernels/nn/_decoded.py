@@ -99,18 +99,22 @@ class DecodedMatrix(nn.Module):
         if self.norms is not None:
             self.norms.fill_(1)
 
-    def decode(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
-        """The rows ``ids`` [...] of the matrix, [..., columns]."""
+    def decode(self, ids: Tensor, padding_idx: int | None = None, norms: bool = True) -> Tensor:
+        """The rows ``ids`` [...] of the matrix, [..., columns]; ``norms=False``: as long as the decoder makes them."""
         layers = [(layer.weight, layer.bias) for layer in self.decoder]
-        return decoded_embedding(ids, self.latent, layers, self.norms, padding_idx)
+        return decoded_embedding(ids, self.latent, layers, self.norms if norms else None, padding_idx)
 
     @property
     def weight(self) -> Tensor:
         """[rows, columns], decoded anew at each reading; gradients flow to latent and decoder, from all rows."""
-        return self.decode(torch.arange(self.latent.shape[0], device=self.latent.device))
+        return self.table()
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(a [rows, r], b [r, columns]) with a b the matrix, where the decoder is linear; else None.
+    def table(self, norms: bool = True) -> Tensor:
+        """All rows, as :meth:`decode` gives them."""
+        return self.decode(torch.arange(self.latent.shape[0], device=self.latent.device), norms=norms)
+
+    def factors(self, norms: bool = True) -> tuple[Tensor, Tensor] | None:
+        """(a [rows, r], b [r, columns]) with a b the :meth:`table`, where the decoder is linear; else None.
 
         A bias is one more row of b, which every row has once. A norm scales a row of a by norm / length.
         """
@@ -120,7 +124,7 @@ class DecodedMatrix(nn.Module):
         a, b = self.latent, layer.weight
         if layer.bias is not None:
             a, b = F.pad(a, (0, 1), value=1.0), torch.cat([b, layer.bias[None]])
-        if self.norms is not None:
+        if norms and self.norms is not None:
             length = _lengths(a, b)
             a = a * (self.norms / torch.where(length == 0, 1, length).to(a.dtype))[:, None]
         return a, b

@@ -15,8 +15,12 @@ class DecodedOutput(nn.Module):
     """logits = h E^T + bias, with the rows of E [vocab, dim] decoded from the latent of the model's input embedding.
 
     Stands for the nn.Linear that shares its weight with nn.Embedding. A linear decoder D (its bias one more row, with 1
-    in every row of Z) makes the table E = Z D low-rank, and it is never decoded: logits = (h D^T) Z^T, the rows of Z
-    scaled by norm / length where norms are kept. With hidden layers every forward decodes the table.
+    in every row of Z) makes the table E = Z D low-rank, and it is never decoded: logits = (h D^T) Z^T. With hidden
+    layers every forward decodes the table.
+
+    The rows are as long as the decoder makes them: norms are for looking rows up. A row that is rebuilt badly is short
+    where the decoder was trained to least squares, which keeps the logits of its token small; at full length it would
+    give the wrong ones with confidence.
 
     The embedding is held beside the modules, not among them: it has its parameters, a state_dict has each once, and
     moving or training this layer does not touch it. Copies of the whole model (copy.deepcopy, pickle) keep the tie. As
@@ -58,12 +62,12 @@ class DecodedOutput(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[vocab, dim], the embedding's, decoded anew at each reading."""
-        return self.embedding.weight
+        """[vocab, dim], the embedding's without its norms, decoded anew at each reading."""
+        return self.embedding.table(norms=False)
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""
-        factors = self.embedding.factors()
+        factors = self.embedding.factors(norms=False)
         if factors is None:
             return F.linear(h, self.weight, self.bias)
         rows, decoder = factors

@@ -11,7 +11,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from lpaf_kernels import DecodedEmbedding, DecodedOutput
+from lpaf_kernels import DecodedEmbedding, DecodedOutput, decoded_embedding
 
 HIDDEN = [(), (9,), (9, 17)]
 
@@ -28,6 +28,12 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids):
         return self.output(torch.sin(self.embedding(ids)))
+
+
+def rows_as_decoded(embedding):
+    """The table without norms, from the operator."""
+    layers = [(layer.weight, layer.bias) for layer in embedding.decoder]
+    return decoded_embedding(torch.arange(embedding.num_embeddings), embedding.latent, layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -48,7 +54,7 @@ def test_is_the_product_with_the_table(dtype, hidden, norms, bias, assert_accura
         return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
     def by_table(model, h):
-        return F.linear(h, model.embedding.weight, model.output.bias)
+        return F.linear(h, rows_as_decoded(model.embedding), model.output.bias)
 
     actual = results(model, lambda model, h: model.output(h), h)
     chain = results(model, by_table, h)
@@ -93,7 +99,7 @@ def test_copies_keep_the_tie(duplicate):
     with torch.no_grad():
         other.embedding.latent.zero_()
     assert model.output(h).equal(before)
-    torch.testing.assert_close(other.output(h), F.linear(h, other.embedding.weight, other.output.bias))
+    torch.testing.assert_close(other.output(h), F.linear(h, rows_as_decoded(other.embedding), other.output.bias))
     assert not torch.allclose(other.output(h), before)
 
 
@@ -103,7 +109,8 @@ def test_follows_its_embedding():
     model.requires_grad_(False)
     assert not model.output(torch.randn(3, 13).double()).requires_grad
     assert (model.output.in_features, model.output.out_features) == (13, 200)
-    assert model.output.weight.equal(model.embedding.weight)
+    assert model.output.weight.equal(rows_as_decoded(model.embedding))
+    assert not torch.allclose(model.output.weight, model.embedding.weight), "norms are for looking up"
     assert "in_features=13, out_features=200, bias=True" in repr(model.output)
 
 

@@ -123,6 +123,16 @@ def test_training_lowers_the_loss(decoder):
     assert float(rebuilt) == pytest.approx(min(decoded.losses), rel=1e-3)  # what was best is what is returned
 
 
+@pytest.mark.parametrize("decoder", ["linear", "mlp1"])
+def test_rows_that_an_output_is_tied_to_are_compared_as_they_are_decoded(decoder):
+    """Norms are kept for looking rows up; what is trained to least squares is shorter than the rows are."""
+    weight = matrix(200)
+    decoded = trained(weight, 4, decoder=decoder, cosine=0.5, keep_norms=True, tied=True, updates=1000)
+    assert float(reconstruction_loss(weight, decoded.decode(None), 0.5)) == pytest.approx(min(decoded.losses), rel=1e-3)
+    torch.testing.assert_close(decoded.weight().norm(dim=1), weight.norm(dim=1))
+    assert decoded.decode(None).norm() < 0.98 * weight.norm()
+
+
 def test_norms_are_those_of_the_rows():
     weight = matrix()
     weight[7] = 0

@@ -255,12 +255,16 @@ def test_a_tied_output_layer_decodes_the_same_latent_rows(tiny_model, tmp_path, 
     model = use_linears(model_class.from_pretrained(directory)).eval()
     output = model.get_output_embeddings()
     assert output.weight is model.get_input_embeddings().weight
+    before = output.weight.detach().clone()
     plans = compressed(model, ["embeddings"], "autoencoder", decoder=decoder, keep_norms=True)
     seen = []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ids = torch.randint(5, 30, (2, 7))
     logits = model(ids).logits
-    table = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings()
+    torch.testing.assert_close(embeddings(ids).norm(dim=-1), before[ids].norm(dim=-1))
+    table = embeddings.table(norms=False)
+    assert not torch.allclose(table.norm(dim=1), before.norm(dim=1), rtol=1e-2), "norms are for looking up"
     expected = seen[0] @ table.T + (0 if output.bias is None else output.bias)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     save_compressed(model, AutoTokenizer.from_pretrained(directory), tmp_path / "small", "autoencoder")
@@ -410,6 +414,7 @@ WRONG = [
         "--concatenate: is",
     ),
     ({"cosine": 1.5}, "--cosine 1.5: must be in [0, 1]"),
+    ({"cosine": 1.0}, "--cosine 1: compares the rows of embeddings in all but their lengths; pass a smaller one, or"),
     ({"decoder": "mlp3"}, "--decoder 'mlp3': expected one of linear, mlp1, mlp2"),
     ({"module_lr": 0.0}, "--module-lr 0: must be above 0"),
     ({"module_batch": 0}, "--module-batch 0: must be at least 1"),

@@ -7,7 +7,8 @@ loss is that of Eq. 2,
     (1 - beta) RMSE(W, W') + beta mean_i (1 - cos(x_i, x'_i)),
 
 where rows may have weights w_i of mean 1, such as their Fisher information: the mean of w_i |x_i - x'_i|^2 / m is under
-the root, that of w_i (1 - cos) is added. Where norms are kept, x'_i = |x_i| g(l_i) / |g(l_i)|.
+the root, that of w_i (1 - cos) is added. Where norms are kept, x'_i = |x_i| g(l_i) / |g(l_i)|; rows that an output
+layer is tied to are compared as they are decoded even then, because that layer takes them so (``DecodedOutput``).
 
 Sizes follow from one unit x, as the paper's do: latent x, hidden layers of the decoder 2x and then 4x, of the encoder
 8x and then 4x.
@@ -86,6 +87,7 @@ class AutoencoderOptions:
         bias: whether its layers have a bias. Default: True.
         cosine: beta of Eq. 2, in [0, 1]. Default: 0.
         keep_norms: give every row the norm of its original. Default: False.
+        tied: whether an output layer takes the rows as they are decoded, without their norms. Default: False.
         learning_rate: of Adam; it halves ``HALVINGS`` times over the run. Default: 5e-4.
         updates: at most so many. Default: 10,000.
         batch_size: rows per update. Default: 256.
@@ -97,6 +99,7 @@ class AutoencoderOptions:
     bias: bool = True
     cosine: float = 0.0
     keep_norms: bool = False
+    tied: bool = False
     learning_rate: float = 5e-4
     updates: int = 10_000
     batch_size: int = 256
@@ -116,8 +119,12 @@ class Decoded:
 
     def weight(self) -> torch.Tensor:
         """The matrix [n, m] that they stand for."""
+        return self.decode(self.norms)
+
+    def decode(self, norms: torch.Tensor | None) -> torch.Tensor:
+        """The matrix with rows of these lengths, or as the decoder makes them."""
         rows = torch.arange(len(self.latent), device=self.latent.device)
-        return decoded_embedding(rows, self.latent, self.layers, self.norms)
+        return decoded_embedding(rows, self.latent, self.layers, norms)
 
 
 class Autoencoder(nn.Module):
@@ -209,6 +216,8 @@ class AutoencoderTraining:
         self.weight, self.options, self.checkpoint = weight, options, checkpoint
         self.row_weights, self.description = row_weights, description
         self.norms = weight.norm(dim=1) if options.keep_norms else None
+        #: those of the rows that are compared
+        self.compared_norms = None if options.tied else self.norms
         self.score = score or (lambda decoded: decoded.losses[-1])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -276,7 +285,7 @@ class AutoencoderTraining:
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
         chosen = self.weight[rows]
-        norms = None if self.norms is None else self.norms[rows]
+        norms = None if self.compared_norms is None else self.compared_norms[rows]
         weights = None if self.row_weights is None else self.row_weights[rows]
         rebuilt = self.model.decode(self.model.encode(chosen), norms)
         return reconstruction_loss(chosen, rebuilt, self.options.cosine, weights)
@@ -284,7 +293,8 @@ class AutoencoderTraining:
     @torch.no_grad()
     def _look(self) -> None:
         """Note the loss of the whole matrix, and keep the autoencoder if it is the best so far."""
-        loss = float(reconstruction_loss(self.weight, self._rebuilt(), self.options.cosine, self.row_weights))
+        rebuilt = self._decoded().decode(self.compared_norms)
+        loss = float(reconstruction_loss(self.weight, rebuilt, self.options.cosine, self.row_weights))
         if not math.isfinite(loss):
             raise DivergedError(f"{self.description}: the loss is {loss} after {self.update} updates")
         self.losses.append(loss)
@@ -293,9 +303,6 @@ class AutoencoderTraining:
             self.best, self.waited, self.kept = score, 0, self._copy()
         else:
             self.waited += 1
-
-    def _rebuilt(self) -> torch.Tensor:
-        return self._decoded().weight()
 
     @torch.no_grad()
     def _decoded(self) -> Decoded:

@@ -2,9 +2,10 @@
 
 Most methods give a matrix W [n, m] latent rows [n, k] and a decoder: truncated SVD, W = A B, has a linear one, with A
 for the latent rows and B for the decoder; so has a linear autoencoder, whose rows' norms cost nothing, because they go
-into the latent rows. The baselines have forms of their own (:mod:`.baselines`). Matrices of one role may be put on top
-of each other ("concatenated", section 4.2), to share what they can: a decoder, a Kronecker factor, the sides of a
-Tucker decomposition; pruning then ranks the weights of all together.
+into the latent rows, except for embeddings that an output layer is tied to, which takes the rows without them. The
+baselines have forms of their own (:mod:`.baselines`). Matrices of one role may be put on top of each other
+("concatenated", section 4.2), to share what they can: a decoder, a Kronecker factor, the sides of a Tucker
+decomposition; pruning then ranks the weights of all together.
 """
 
 from __future__ import annotations
@@ -135,8 +136,9 @@ class ModulePlan:
 
     @property
     def norms(self) -> bool:
-        """Whether norms are stored: not where they go into the latent rows."""
-        return self.settings.keep_norms and not self.linear
+        """Whether norms are stored: not where they go into the latent rows, as those of a linear decoder do unless an
+        output layer takes the rows without them."""
+        return self.settings.keep_norms and (self.group.tied or not self.linear)
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -192,6 +194,7 @@ class ModulePlan:
             bias=not self.linear,
             cosine=settings.cosine,
             keep_norms=settings.keep_norms,
+            tied=self.group.tied,
             learning_rate=settings.module_lr,
             updates=settings.module_updates,
             batch_size=settings.module_batch,
@@ -231,6 +234,9 @@ def plan_module(group: ModuleGroup, method: str, settings: ModuleSettings, seed:
         shapes = sorted(set(group.shapes.values()))
         why = "is one matrix" if len(group.shapes) == 1 else f"has matrices of unlike shapes, such as {shapes[:2]}"
         raise InputError(f"--concatenate: {group.name} {why}, which cannot be put together; leave it out")
+    if method == "autoencoder" and settings.cosine == 1.0 and (group.tied or not settings.keep_norms):
+        what = "pass a smaller one" + ("" if group.tied else ", or --keep-norms")
+        raise InputError(f"--cosine 1: compares the rows of {group.name} in all but their lengths; {what}")
     plan = ModulePlan(group, method, settings, seed, joint)
     for label, stack in plan.stacks.items():
         layers, rows, columns = stack
@@ -319,7 +325,7 @@ def _solve(
         decoded = training.run()
     except DivergedError as error:
         raise InputError(f"--module-lr {plan.settings.module_lr:g}: {error}; pass a smaller one") from None
-    return fold_norms(decoded) if plan.linear else decoded
+    return decoded if plan.norms else fold_norms(decoded)
 
 
 def fold_norms(decoded: Decoded) -> Decoded:

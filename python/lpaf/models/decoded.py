@@ -126,18 +126,18 @@ def layer_tensors(layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
 def replace_embeddings(model: nn.Module, name: str, embedding: nn.Module) -> None:
     """Put ``embedding`` in place of the token embeddings ``name``, and an output layer that decodes it in place of one
     that was tied to them."""
-    dense = model.get_submodule(name)
-    output = output_layer(model)
-    tied = output is not None and model.get_submodule(output).weight is dense.weight
+    dense, output = model.get_submodule(name), tied_output_layer(model)
     model.set_submodule(name, embedding.train(dense.training))
-    if tied:
+    if output is not None:
         tie_output(model, output, embedding)
 
 
-def output_layer(model: nn.Module) -> str | None:
-    """Name of the layer that gives every token's logits, None where there is none."""
+def tied_output_layer(model: nn.Module) -> str | None:
+    """Name of the layer that gives every token's logits, where it has the weight of the token embeddings; else None."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return next((name for name, module in model.named_modules() if module is output), None) if output else None
+    if output is None or output.weight is not model.get_input_embeddings().weight:
+        return None
+    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def tie_output(model: nn.Module, name: str, embedding: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from .decoded import tied_output_layer
 from .targets import find_targets
 
 Shape = tuple[int, int]
@@ -26,10 +27,12 @@ class ModuleGroup:
     Args:
         name: as ``--modules`` has it: "embeddings", or the role of a linear ("key", "output-dense", ...).
         shapes: module name -> [n, m] of its weight, in the order of the model. Rows are tokens, or output neurons.
+        tied: whether the output layer has the same weight. Default: False.
     """
 
     name: str
     shapes: dict[str, Shape]
+    tied: bool = False
 
     @property
     def embeds(self) -> bool:
@@ -72,7 +75,10 @@ def module_groups(model: nn.Module, names: Sequence[str]) -> list[ModuleGroup]:
         if role in taken:
             raise InputError(f"--modules {','.join(names)}: {name} is named twice")
         taken.add(role)
-        groups.append(ModuleGroup(name, _embeddings(model) if role == EMBEDDINGS else roles[role]))
+        if role == EMBEDDINGS:
+            groups.append(ModuleGroup(name, _embeddings(model), tied=tied_output_layer(model) is not None))
+        else:
+            groups.append(ModuleGroup(name, roles[role]))
     return groups
 
 
