@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, BertConfig, BertModel, BertTokenizerFast
 
-from benchmarks.studies import masked_lm
+from benchmarks.studies import embedding_norms, masked_lm
 from benchmarks.studies.masked_lm import TASK, bias_of_frequencies, main, make
 from lpaf.data import load_task, tokenize
 from lpaf.errors import InputError
@@ -137,3 +137,18 @@ def test_perplexity_of_nothing_learned_is_the_vocabulary(encoder, text):
     tokenizer = load_tokenizer(encoder)
     blocks = tokenize(load_task(TASK, data_dir=text).train, tokenizer, TASK, 24)
     assert masked_lm.perplexity(model, tokenizer, blocks) == pytest.approx(5 + len(WORDS), rel=1e-5)
+
+
+def test_norms_where_rows_are_looked_up_and_where_they_give_logits(made, text, capsys):
+    """Each use has a table of its own."""
+    directory, _ = made
+    tables = embedding_norms.tables(torch.randn(40, 12), 3.0)
+    torch.testing.assert_close(tables["norms"].norm(dim=1), tables["dense"].norm(dim=1))
+    assert torch.linalg.matrix_rank(tables["rebuilt"]) == 40 * 12 // 3 // (40 + 12)
+    words = ["--model", directory, "--data-dir", text, "--max-length", 24, "--ratios", 2, 3]
+    embedding_norms.main([str(word) for word in words])
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert head == "| looked up | output layer | 2x | 3x |"
+    assert len(rows) == len(embedding_norms.USES)
+    shown = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[4].strip() for row in rows}
+    assert len(set(shown.values())) > 2, "uses differ"
