@@ -526,7 +526,7 @@ def test_file_says_what_it_is_of(mood, computed):
     folder, report = computed
     with safe_open(folder / "kept" / "fisher.safetensors", framework="pt") as file:
         record = json.loads(file.metadata()[METADATA])
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (cannot be iterated)
         assert file.get_tensor("bert.embeddings.word_embeddings").dtype == torch.float64
     names = {"schema", "examples", "tokens", "loss", "batched", "task", "model", "finetune_epochs"}
     assert record.keys() == names

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from test_kill import assert_same_run, kill_and_resume, story
-from test_processes import difference, run
+from test_processes import assert_same_training, difference, run
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -553,10 +553,7 @@ def test_two_processes_end_with_the_weights_of_one(data, tmp_path, name):
         run(words_of(model, data, output, TASKS[name], **{"checkpoint-steps": 0}), output, processes)
     files = [output / "model.safetensors" for output in outputs.values()]
     assert difference(*files, without=()) < 5e-3, "shares weighed by examples stray by 3e-2"
-    one, two = (story(output) for output in outputs.values())
-    for stage, history in one["training"].items():
-        for entry, same in zip(two["training"][stage], history, strict=True):
-            assert same == pytest.approx(entry, rel=1e-3, abs=1e-5)
+    assert_same_training(*(story(output) for output in outputs.values()))
 
 
 # real texts -----------------------------------------------------------------------------------------------------------

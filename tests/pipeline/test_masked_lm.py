@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from test_kill import assert_same_run, kill_and_resume, story
-from test_processes import difference, run
+from test_processes import assert_same_training, difference, run
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -643,10 +643,7 @@ def test_two_processes_end_with_the_weights_of_one(data, tmp_path):
         run(words_of(model, data, output, **{"checkpoint-steps": 0}), output, processes)
     files = [output / "model.safetensors" for output in outputs.values()]
     assert difference(*files, without=("key.bias",)) < 1e-3, "other words would make 2"
-    one, two = (story(output) for output in outputs.values())
-    for stage, history in one["training"].items():
-        for entry, same in zip(two["training"][stage], history, strict=True):
-            assert same == pytest.approx(entry, rel=1e-3, abs=1e-5)
+    assert_same_training(*(story(output) for output in outputs.values()))
 
 
 # real texts -----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,14 @@ def difference(first: Path, second: Path, without: tuple[str, ...]) -> float:
     return max(found)
 
 
+def assert_same_training(one: dict, other: dict) -> None:
+    """The histories of two reports differ by rounding errors."""
+    assert other["training"].keys() == one["training"].keys()
+    for stage, history in one["training"].items():
+        for entry, same in zip(other["training"][stage], history, strict=True):
+            assert entry == pytest.approx(same, rel=1e-3, abs=1e-5)
+
+
 def assert_order_of_sums_is_all(words, directory: Path, processes: int, without=WITHOUT_EFFECT) -> None:
     """Many processes stray from one as far as one does that adds every batch up in the opposite order.
 
@@ -124,10 +132,7 @@ def assert_order_of_sums_is_all(words, directory: Path, processes: int, without=
     assert 0.0 < bound < 5e-3, "an error in the weight of a short batch, or of an unused factor, makes 3e-2"
     one, many = (story(outputs[name]) for name in ("one", "many"))
     assert many["metric"]["details"] == one["metric"]["details"]
-    assert many["training"].keys() == one["training"].keys()
-    for stage, history in one["training"].items():
-        for entry, same in zip(many["training"][stage], history, strict=True):
-            assert entry == pytest.approx(same, rel=1e-3, abs=1e-5)
+    assert_same_training(one, many)
 
 
 def test_two_processes_end_with_the_weights_of_one(steady_model, odd_data, tmp_path):

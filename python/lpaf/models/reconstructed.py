@@ -6,6 +6,7 @@ A source stores the numbers and builds the weight [n, m]; gradients flow to its 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ Entry = dict[str, Any]
 SOURCES = ("sparse", "kronecker", "tucker")
 
 
-class Source(nn.Module):
+class Source(nn.Module, ABC):
     """Numbers that a weight is built from; ``owner`` is the source that stores what several have in common."""
 
     def __init__(self, owner: Source | None = None) -> None:
@@ -34,18 +35,18 @@ class Source(nn.Module):
         """Where the common part lies."""
         return self.owner or self
 
+    @abstractmethod
     def weight(self) -> torch.Tensor:
         """The weight [n, m]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """[n, m] of the weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> Entry:
         """What :func:`make_source` makes an empty one from."""
-        raise NotImplementedError
 
 
 class Sparse(Source):

@@ -15,20 +15,8 @@ from ..errors import InputError
 from ..factorize.baselines import check_baseline
 from ..factorize.offline import OFFLINE, ModulePlan, ModuleSettings, plan_module
 from ..models.modules import module_groups
-from .options import MODULE_OPTIONS, CompressOptions, flag, given_flags
+from .options import AUTOENCODER_OPTIONS, MODULE_OPTIONS, CompressOptions, flag, given_flags
 
-#: options that only autoencoders have
-AUTOENCODER_OPTIONS = (
-    "decoder",
-    "cosine",
-    "keep_norms",
-    "module_lr",
-    "module_updates",
-    "module_batch",
-    "module_patience",
-    "stop_on",
-    "fisher_transform",
-)
 #: options of whole encoders
 _SIZES = ("rank", "ratio", "rank_error", "force")
 

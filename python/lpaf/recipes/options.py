@@ -99,7 +99,9 @@ class CompressOptions:
     cosine: float | None = option(
         None, "autoencoder: share B of the cosine distance in its loss, in [0, 1] (default: 0)", "modules", metavar="B"
     )
-    keep_norms: bool = option(False, "autoencoder: rebuilt rows get the norms of the original ones", "modules")
+    keep_norms: bool = option(
+        False, "autoencoder: rebuilt rows get the original norms (not in a tied output layer)", "modules"
+    )
     module_lr: float | None = option(None, "autoencoder: learning rate (default: 5e-4)", "modules", metavar="X")
     module_updates: int | None = option(None, "autoencoder: most updates (default: 10000)", "modules", metavar="N")
     module_batch: int | None = option(None, "autoencoder: rows per update (default: 256)", "modules", metavar="N")
@@ -451,11 +453,8 @@ RUN_OPTIONS = (
 #: options that name what a run reads: its content counts, not where it lies
 PATH_OPTIONS = ("model", "data_dir", "train_file", "validation_file", "test_file", "calibration", "fisher")
 PATH_OPTIONS += ("module_settings",)
-#: options of what becomes of single modules; what of them decides a module's numbers is in its plan
-MODULE_OPTIONS = (
-    "modules",
-    "compression_ratio",
-    "concatenate",
+#: options that only autoencoders have
+AUTOENCODER_OPTIONS = (
     "decoder",
     "cosine",
     "keep_norms",
@@ -466,6 +465,8 @@ MODULE_OPTIONS = (
     "stop_on",
     "fisher_transform",
 )
+#: options of what becomes of single modules; what of them decides a module's numbers is in its plan
+MODULE_OPTIONS = ("modules", "compression_ratio", "concatenate", *AUTOENCODER_OPTIONS)
 #: options that no stage before retraining depends on
 RETRAIN_OPTIONS = (
     "method",

@@ -155,11 +155,7 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
             raise InputError(f"{flag} {output}: is a file; pass a directory")
         if any(output.iterdir()) and not overwrite:
             raise InputError(f"{flag} {output}: exists and is not empty; pass --overwrite to replace it")
-    parent = _existing_parent(output)
-    if not parent.is_dir():
-        raise InputError(f"{flag} {output}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {output}: {parent} is not writable; pass a directory you may write to")
+    _check_parent(output, flag)
 
 
 def check_new_file(path: Path, overwrite: bool, flag: str) -> None:
@@ -168,6 +164,10 @@ def check_new_file(path: Path, overwrite: bool, flag: str) -> None:
         raise InputError(f"{flag} {path}: is a directory; pass a file")
     if path.exists() and not overwrite:
         raise InputError(f"{flag} {path}: exists; pass --overwrite to replace it")
+    _check_parent(path, flag)
+
+
+def _check_parent(path: Path, flag: str) -> None:
     parent = _existing_parent(path)
     if not parent.is_dir():
         raise InputError(f"{flag} {path}: {parent} is not a directory")
