@@ -244,6 +244,37 @@ def _fake(ids, latent, *rest):
     return _forward_fake(ids, latent, *rest[:-1])
 
 
+def _last_gradient_by_torch(
+    grad: Tensor, ids: Tensor, rows: Tensor, layers: Sequence[Layer], norms: Tensor | None, padding_idx: int
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Backward up to the last layer's product, from the rows that enter the first one.
+
+    The gradient of what product and bias of the last layer give, that of each position's norm, and what the hidden
+    layers gave.
+    """
+    d_norms, hidden = None, []
+    if padding_idx >= 0:
+        grad = grad.masked_fill((ids == padding_idx)[:, None], 0)
+    for weight, bias in layers[:-1]:
+        rows = F.leaky_relu_(_affine(rows, weight, bias), SLOPE)
+        hidden.append(rows)
+    if norms is not None or len(layers) > 1:
+        decoded = _affine(rows, *layers[-1])
+        if len(layers) > 1:
+            decoded.tanh_()
+    if norms is not None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        factor, length = _rescale(decoded.to(wide), ids, norms)
+        direction = decoded / length
+        along = (grad * direction).sum(1, keepdim=True)
+        d_norms = along[:, 0].to(grad.dtype)
+        # Only what is across the row turns it.
+        grad = ((grad - direction * along) * factor).to(grad.dtype)
+    if len(layers) > 1:
+        grad = torch.ops.aten.tanh_backward(grad, decoded)
+    return grad, d_norms, hidden
+
+
 def _gradients(
     grad: Tensor, ids: Tensor, latent: Tensor, *rest: Tensor | int | Sequence[bool] | None
 ) -> tuple[Tensor, ...]:
@@ -252,8 +283,6 @@ def _gradients(
     layers, flat, vocabulary = _layers(*tensors), ids.reshape(-1), latent.shape[0]
     found = [grad.new_empty(0) for _ in needs]
     grad = grad.reshape(flat.shape[0], layers[-1][0].shape[1])
-    if padding_idx >= 0:
-        grad = grad.masked_fill((flat == padding_idx)[:, None], 0)
     # Positions of one id have the same row, so their gradients may be summed before they go through the decoder. On a
     # GPU the number of distinct ids would have to be waited for; in 16 bits the sums would be rounded too often.
     if flat.is_cpu and grad.dtype in (torch.float32, torch.float64):
@@ -263,24 +292,15 @@ def _gradients(
     rows = F.embedding(flat, latent)
     if len(layers) > 1:
         F.leaky_relu_(rows, SLOPE)
-    inputs = [rows]
-    for weight, bias in layers[:-1]:
-        inputs.append(F.leaky_relu_(_affine(inputs[-1], weight, bias), SLOPE))
-    if norms is not None or len(layers) > 1:
-        decoded = _affine(inputs[-1], *layers[-1])
-        if len(layers) > 1:
-            decoded.tanh_()
-    if norms is not None:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        factor, length = _rescale(decoded.to(wide), flat, norms)
-        direction = decoded / length
-        along = (grad * direction).sum(1, keepdim=True)
-        if needs[-1]:
-            found[-1] = _sum_by_id(along.to(grad.dtype), flat, vocabulary, padding_idx)[:, 0]
-        # Only what is across the row turns it.
-        grad = ((grad - direction * along) * factor).to(grad.dtype)
-    if len(layers) > 1:
-        grad = torch.ops.aten.tanh_backward(grad, decoded)
+    last = None
+    if latent.is_cuda and (norms is not None or len(layers) > 1):
+        last = plans.cuda_last_gradient(grad, flat, latent, layers, norms, padding_idx)
+    if last is None:
+        last = _last_gradient_by_torch(grad, flat, rows, layers, norms, padding_idx)
+    grad, d_norms, hidden = last
+    inputs = [rows, *hidden]
+    if norms is not None and needs[-1]:
+        found[-1] = _sum_by_id(d_norms[:, None], flat, vocabulary, padding_idx)[:, 0]
     for index in reversed(range(len(layers))):
         # What is needed of this layer, and whether anything before it is.
         at = 1 + 2 * index

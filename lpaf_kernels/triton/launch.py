@@ -40,9 +40,10 @@ KERNELS = (
     "masked",
     "masked_grads",
     "decode",
+    "decode_grad",
 )
 # Those whose programs hold no rank columns, or any number of them.
-_ANY_WIDTH = ("project", "expand", "outer", "ffn_wide", "masked", "masked_grads", "decode")
+_ANY_WIDTH = ("project", "expand", "outer", "ffn_wide", "masked", "masked_grads", "decode", "decode_grad")
 
 # The matrix instruction of 16-bit products by capability: tiles of at least 64 rows use the warpgroup's.
 _SMALL = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}
@@ -55,13 +56,13 @@ class Launch:
 
     Args:
         kernel: "project", "expand", "one_kernel", "outer", "ffn", "ffn_wide", "ffn_rows", "ffn_weights", "attend",
-            "close", "masked", "masked_grads" or "decode".
+            "close", "masked", "masked_grads", "decode" or "decode_grad".
         block_m, block_n, block_k: tile sides, powers of two of at least 16. What they tile is said at each kernel;
             a side that a kernel derives from the rank is 0. "ffn": rows, hidden columns, input columns ("ffn_wide":
             rank columns). "attend": query rows, keys, the widest head (see ``head``). "close": rows, output columns,
             input columns. "masked": rows, output columns, the columns that are summed over. "masked_grads": output and
-            input columns, the rows that are summed over. "decode": rows, output columns, the columns
-            that are summed over.
+            input columns, the rows that are summed over. "decode" and "decode_grad": rows, output
+            columns, the columns that are summed over.
         num_warps: 1, 2, 4, 8 or 16.
         num_stages: depth of the software pipeline, at least 1.
         splits: programs that share one output tile's sum ("project", "outer", "ffn_weights"), one row tile's columns
@@ -206,6 +207,10 @@ _SHIPPED = (
     Launch("decode", 64, 64, 32, 4, 3, archs=(80,)),
     Launch("decode", 16, 64, 64, 4, 3, archs=(80, 100)),
     Launch("decode", 16, 64, 64, 4, 2, archs=(90,)),
+    # Beside the sum there is a tile of the given gradient.
+    Launch("decode_grad", 64, 64, 32, 8, 3),
+    Launch("decode_grad", 16, 64, 32, 4, 2, archs=(80, 100)),
+    Launch("decode_grad", 16, 64, 16, 4, 2, archs=(90,)),
 )
 LAUNCHES = {launch.name: launch for launch in _SHIPPED}
 

@@ -106,7 +106,7 @@ DECODED_ALL_CASES = [
     *((shape, torch.bfloat16, norms) for shape in DECODED_SHAPES for norms in (False, True)),
     (DECODED_SHAPES[1], torch.float16, True),
 ]
-DECODED_KERNELS = ("decode",)
+DECODED_KERNELS = ("decode", "decode_grad")
 
 
 def calls(
@@ -262,8 +262,12 @@ def _decoded_calls(launch: Launch, shape: tuple, dtype: torch.dtype, has_norms: 
     widths = (latent, *hidden, dim)
     layers = [(empty(a, b), empty(b)) for a, b in pairwise(widths)]
     ids = torch.empty(rows, device="meta", dtype=torch.int64)
+    stored = (empty(vocabulary, latent), layers, empty(vocabulary) if has_norms else None)
     with recording() as recorded:
-        kernels.decode(ids, empty(vocabulary, latent), layers, empty(vocabulary) if has_norms else None, launch)
+        if launch.kernel == "decode":
+            kernels.decode(ids, *stored, launch)
+        elif has_norms or hidden:
+            kernels.last_gradient(empty(rows, dim), ids, *stored, 0, launch)
     return recorded
 
 

@@ -48,6 +48,7 @@ TINY = {
     "close": [Launch("close", 16, 16, 16, 4, 1), Launch("close", 32, 32, 16, 4, 1, max_width=80)],
     "masked": [Launch("masked", 16, 16, 16, 4, 1), Launch("masked", 32, 16, 32, 4, 1)],
     "decode": [Launch("decode", 16, 16, 16, 4, 1), Launch("decode", 32, 16, 32, 4, 1)],
+    "decode_grad": [Launch("decode_grad", 16, 16, 16, 4, 1), Launch("decode_grad", 32, 16, 32, 4, 1)],
     "masked_grads": [Launch("masked_grads", 16, 16, 16, 4, 1), Launch("masked_grads", 16, 32, 32, 4, 1)],
 }
 
@@ -644,16 +645,9 @@ def _check_decoded(seed: int) -> None:
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    dtype = DTYPES[seed % 3]
     rows = draw.choice([0, 1, 15, 16, 33, 70]) if seed % 8 else draw.randint(1, 140)
-    vocabulary = draw.choice([1, 5, 50])
-    widths = [draw.choice([1, 16, 64, draw.randint(1, 90)]) for _ in range(draw.choice([2, 2, 3, 4]))]
-    layers = [
-        ((torch.randn(a, b) / a**0.5).to(dtype), torch.randn(b).to(dtype) if draw.random() < 0.7 else None)
-        for a, b in pairwise(widths)
-    ]
-    latent = _apart(vocabulary, widths[0], draw, dtype)
-    norms = torch.rand(vocabulary).to(dtype) if draw.random() < 0.5 else None
+    latent, layers, norms = _draw_decoded(draw, DTYPES[seed % 3])
+    vocabulary = latent.shape[0]
     ids = torch.randint(vocabulary, (rows,), dtype=draw.choice([torch.int32, torch.int64]))
     y = kernels.decode(ids, latent, layers, norms, draw_launch("decode", seed))
     wide = [(weight.double(), None if bias is None else bias.double()) for weight, bias in layers]
@@ -664,6 +658,57 @@ def _check_decoded(seed: int) -> None:
         bad = kernels.decode(ids, latent, layers, norms, draw_launch("decode", seed))
         assert bad[[0, -1]].isnan().all()
         assert bad[1:-1].equal(y[1:-1])
+
+
+def check_decoded_embedding_gradient(seed: int, device: str = "cpu") -> None:
+    """The same for the backward's kernel, which goes as far as the last layer's product."""
+    with torch.device(device):
+        _check_decoded_gradient(seed)
+
+
+def _check_decoded_gradient(seed: int) -> None:
+    from lpaf_kernels.ops.decoded_embedding import _last_gradient_by_torch
+    from lpaf_kernels.triton import decoded_embedding as kernels
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = DTYPES[seed % 3]
+    # A sum of products that cancel may come out exact by chance in the chain: rows enough that it does not in all.
+    rows = draw.choice([0, 15, 16, 33, 70])
+    latent, layers, norms = _draw_decoded(draw, dtype)
+    vocabulary, cols = latent.shape[0], layers[-1][0].shape[1]
+    ids = torch.randint(vocabulary, (rows,), dtype=draw.choice([torch.int32, torch.int64]))
+    grad = _apart(rows, cols, draw, dtype)
+    padding_idx = draw.choice([-1, 0, vocabulary - 1])
+    results = [kernels.last_gradient(grad, ids, latent, layers, norms, padding_idx, draw_launch("decode_grad", seed))]
+    for to in (dtype, torch.float64):
+        own = [(weight.to(to), None if bias is None else bias.to(to)) for weight, bias in layers]
+        inputs = torch.nn.functional.embedding(ids, latent.to(to))
+        inputs = torch.nn.functional.leaky_relu(inputs) if len(layers) > 1 else inputs
+        own_norms = None if norms is None else norms.to(to)
+        results.append(_last_gradient_by_torch(grad.to(to), ids, inputs, own, own_norms, padding_idx))
+    compared = [[d_last, *hidden] for d_last, _, hidden in results]
+    if norms is not None:
+        for tensors, (_, d_norms, _) in zip(compared, results):
+            tensors.append(d_norms)
+        if cols == 1:
+            # Such a row cannot turn: its gradient is a rounding error, which has no size to compare with.
+            assert compared[0].pop(0).abs().sum() <= 1e-2 * grad.abs().sum()
+            del compared[1][0], compared[2][0]
+    for tensors in zip(*compared, strict=True):
+        check_accurate(*tensors)
+
+
+def _draw_decoded(draw: random.Random, dtype: torch.dtype) -> tuple[torch.Tensor, list[tuple], torch.Tensor | None]:
+    """latent, layers and norms or None."""
+    vocabulary = draw.choice([1, 5, 50])
+    widths = [draw.choice([1, 16, 64, draw.randint(1, 90)]) for _ in range(draw.choice([2, 2, 3, 4]))]
+    layers = [
+        ((torch.randn(a, b) / a**0.5).to(dtype), torch.randn(b).to(dtype) if draw.random() < 0.7 else None)
+        for a, b in pairwise(widths)
+    ]
+    latent = _apart(vocabulary, widths[0], draw, dtype)
+    return latent, layers, torch.rand(vocabulary).to(dtype) if draw.random() < 0.5 else None
 
 
 def check_masked_linear_plan(seed: int) -> None:

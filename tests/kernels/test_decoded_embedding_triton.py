@@ -29,11 +29,18 @@ def test_interpreted(seed: int, interpreter: Callable) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_gradient_interpreted(seed: int, interpreter: Callable) -> None:
+    interpreter(interpreted.check_decoded_embedding_gradient, seed)
+
+
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_on_a_gpu(seed: int) -> None:
     interpreted.check_decoded_embedding(seed, "cuda")
+    interpreted.check_decoded_embedding_gradient(seed, "cuda")
 
 
 @needs_triton
@@ -60,8 +67,8 @@ def test_operator_on_a_gpu(dtype: torch.dtype, hidden: tuple[int, ...]) -> None:
 
 
 def test_every_launch_is_drawn() -> None:
-    drawn = {interpreted.draw_launch("decode", seed) for seed in range(SEEDS)}
-    assert {launch for launch in LAUNCHES.values() if launch.kernel == "decode"} <= drawn
+    drawn = {interpreted.draw_launch(kernel, seed) for kernel in DECODED_KERNELS for seed in range(SEEDS)}
+    assert {launch for launch in LAUNCHES.values() if launch.kernel in DECODED_KERNELS} <= drawn
 
 
 COMPILED = [
@@ -118,16 +125,27 @@ def test_rule(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("out of resource")
         return latent.new_zeros((*ids.shape, layers[-1][0].shape[1]))
 
+    def last_gradient(grad, ids, latent, layers, norms, padding_idx, launch):
+        return decode(ids, latent, layers, norms, launch), None, []
+
     monkeypatch.setattr(kernels, "decode", decode)
+    monkeypatch.setattr(kernels, "last_gradient", last_gradient)
     dtype = torch.float32 if case == "exact float32" else torch.bfloat16
     latent, layers = torch.randn(50, 16).to(dtype), [(torch.randn(16, 64).to(dtype), None)]
     ids = torch.zeros(65536, dtype=torch.int64)
     if case == "fails":
         with pytest.warns(UserWarning, match="one_kernel failed and is not used again: out of resource"):
             assert plans.cuda_forward(ids, latent, layers, None) is None
+        # The forward's failure is not the backward's.
+        with pytest.warns(UserWarning, match="kernels failed and is not used again: out of resource"):
+            assert plans.cuda_last_gradient(latent, ids, latent, layers, None, -1) is None
+        launched.pop()
+    assert (plans.cuda_last_gradient(latent, ids, latent, layers, None, -1) is None) == (case != "taken")
+    assert [launch.kernel for launch in launched] == {"taken": ["decode_grad"], "fails": ["decode"]}.get(case, [])
+    launched.clear()
     y = plans.cuda_forward(ids, latent, layers, None)
     assert (y is not None) == (case == "taken")
-    assert len(launched) == (case in ("taken", "fails"))
+    assert len(launched) == (case == "taken")
     if case == "taken":
         assert y.shape == (65536, 64)
         assert launched[0].block_m == 128
