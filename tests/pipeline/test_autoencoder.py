@@ -11,6 +11,7 @@ from lpaf.factorize import autoencoder
 from lpaf.factorize.autoencoder import (
     AutoencoderOptions,
     AutoencoderTraining,
+    Decoded,
     DivergedError,
     decoder_widths,
     largest_unit,
@@ -131,6 +132,17 @@ def test_rows_that_an_output_is_tied_to_are_compared_as_they_are_decoded(decoder
     assert float(reconstruction_loss(weight, decoded.decode(None), 0.5)) == pytest.approx(min(decoded.losses), rel=1e-3)
     torch.testing.assert_close(decoded.weight().norm(dim=1), weight.norm(dim=1))
     assert decoded.decode(None).norm() < 0.98 * weight.norm()
+
+
+def test_latent_rows_and_a_linear_decoder_have_the_same_scale():
+    latent, weight = torch.randn(60, 5), 1e-2 * torch.randn(5, 24)
+    before = Decoded(latent, [(weight, torch.randn(24))], torch.rand(60))
+    after = before.balanced()
+    torch.testing.assert_close(after.weight(), before.weight())
+    ((balanced, _),) = after.layers
+    torch.testing.assert_close(after.latent.t() @ after.latent, balanced @ balanced.t())
+    deep = Decoded(latent, [(weight, None), (torch.randn(24, 24), None)], None)
+    assert deep.balanced() is deep
 
 
 def test_norms_are_those_of_the_rows():

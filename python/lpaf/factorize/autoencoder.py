@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,17 @@ class Decoded:
         """The matrix with rows of these lengths, or as the decoder makes them."""
         rows = torch.arange(len(self.latent), device=self.latent.device)
         return decoded_embedding(rows, self.latent, self.layers, norms)
+
+    def balanced(self) -> Decoded:
+        """The same matrix; latent rows and a linear decoder share its singular values evenly, as the factors of a
+        truncated SVD do. Else a learning rate that suits one of the two is too small for the other."""
+        if len(self.layers) > 1:
+            return self
+        ((weight, bias),) = self.layers
+        left, right = torch.linalg.qr(self.latent.double()), torch.linalg.qr(weight.t().double())
+        u, s, v = torch.linalg.svd(left.R @ right.R.t())
+        latent, weight = left.Q @ (u * s.sqrt()), (s.sqrt()[:, None] * v) @ right.Q.t()
+        return replace(self, latent=latent.to(self.latent.dtype), layers=[(weight.to(self.latent.dtype), bias)])
 
 
 class Autoencoder(nn.Module):
@@ -259,7 +270,7 @@ class AutoencoderTraining:
         self.model.load_state_dict(self.kept)
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
-        return self._decoded()
+        return self._decoded().balanced()
 
     def _batches(self) -> Iterator[torch.Tensor]:
         """Numbers of the rows of every update that is left; a function of the seed and the update alone."""
