@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -29,8 +30,9 @@ from lpaf.models.conv1d import use_linears
 from lpaf.models.count import encoder_params
 from lpaf.models.decoded import build_layers, describe, install, layer_tensors, remake
 from lpaf.models.modules import module_groups
-from lpaf.recipes.compress import compress
+from lpaf.recipes.compress import Compression, compress
 from lpaf.recipes.options import CompressOptions
+from lpaf.recipes.prepare import prepare
 from tiny import build, write_text_model
 
 # which matrices -------------------------------------------------------------------------------------------------------
@@ -357,6 +359,16 @@ def test_settings_of_single_modules(tiny_options, tmp_path):
     assert found["key"]["joint"]
     assert not found["output-dense"]["joint"]
     assert found["output-dense"]["ratio"] < 4
+
+
+def test_resume_with_other_module_settings_is_refused(tiny_options, tmp_path):
+    settings = tmp_path / "settings.toml"
+    asked = options(tiny_options, method="autoencoder", module_settings=str(settings))
+    settings.write_text("[key]\ncompression-ratio = 3\n")
+    Compression(prepare(asked), "")
+    settings.write_text("[key]\ncompression-ratio = 4\n")
+    with pytest.raises(InputError, match="the interrupted run had module_settings_data"):
+        Compression(prepare(dataclasses.replace(asked, resume=True)), "")
 
 
 @pytest.mark.parametrize("concatenate", [False, True])

@@ -281,6 +281,24 @@ def test_a_run_is_named_by_what_it_reads(tiny_model, tmp_path):
     assert names[0] == names[1] != names[2]
 
 
+def test_a_run_is_named_by_its_module_settings(tiny_model, tiny_data, tmp_path):
+    names, settings = [], tmp_path / "modules.toml"
+    changes = {"model": str(tiny_model), "data_dir": str(tiny_data)}
+    text = f'''
+[options]
+task = "text-classification"
+method = "autoencoder"
+modules = "key"
+module_settings = "{settings}"
+[methods.autoencoder]
+'''
+    for ratio in (3, 3, 5):
+        settings.write_text(f"[key]\ncompression-ratio = {ratio}\n")
+        file = read_study(written(tmp_path / "s.toml", text), changes)
+        names.append(next(Study(file, tmp_path, "").final()).name)
+    assert names[0] == names[1] != names[2]
+
+
 def test_how_others_prune_is_no_part_of_the_name_of_a_run_that_does_not(tiny_model, tmp_path):
     text = FILE + "[methods.unpruned]\nprune = false\n"
     changes = ({}, {"prune_lr": 1e-4}, {"pruner": "cap", "contrastive": 0.2})

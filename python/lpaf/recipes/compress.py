@@ -49,6 +49,7 @@ from ..retrain.trainer import Term, TrainOptions, train_stage
 from .calibrate import calibration_fingerprint, choose, input_moments
 from .fingerprints import weights_fingerprint
 from .fisher import SAMPLES, fisher_fingerprint, row_fisher, save_fisher
+from .modules import module_settings_fingerprint
 from .options import COMPUTE, INDEPENDENT, RUN_OPTIONS, CompressOptions
 from .prepare import Prepared, default_mixed_rank_p, needs_pretrained, prepare
 from .pruning import make_pruner, score_init, score_lr
@@ -85,7 +86,11 @@ class Compression:
         processes = process_place()[1]
         settings = options.to_dict(without=RUN_OPTIONS) | self.sources
         settings |= {"processes": processes, "force": options.forced}
-        settings |= {"calibration_data": calibration_fingerprint(options), "fisher_data": fisher_fingerprint(options)}
+        settings |= {
+            "calibration_data": calibration_fingerprint(options),
+            "fisher_data": fisher_fingerprint(options),
+            "module_settings_data": module_settings_fingerprint(options),
+        }
         if processes > 1:
             self.sources["processes"] = processes  # each draws dropout of its own
         checkpoint = weight_bytes(prepared.model) * (5 if options.checkpoint_steps else 1)

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..factorize.baselines import check_baseline
 from ..factorize.offline import OFFLINE, ModulePlan, ModuleSettings, plan_module
 from ..models.modules import module_groups
+from .fingerprints import content_fingerprint
 from .options import AUTOENCODER_OPTIONS, MODULE_OPTIONS, CompressOptions, flag, given_flags
 
 #: options of whole encoders
@@ -90,6 +91,11 @@ def module_plans(model: nn.Module, options: CompressOptions) -> list[ModulePlan]
         except InputError as error:
             raise InputError(f"{where}: {error}" if own else str(error)) from None
     return plans
+
+
+def module_settings_fingerprint(options: CompressOptions) -> str | None:
+    """Content of ``--module-settings``; None without."""
+    return None if options.module_settings is None else content_fingerprint([Path(options.module_settings)])
 
 
 def _settings_tables(path: str) -> dict[str, Any]:

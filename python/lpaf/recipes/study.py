@@ -59,6 +59,7 @@ from .compress import compress
 from .fingerprints import files_fingerprint, weights_fingerprint
 from .fisher import fisher_fingerprint
 from .methods import METHODS, get_method
+from .modules import module_settings_fingerprint
 from .options import PATH_OPTIONS, RUN_OPTIONS, CompressOptions
 from .prepare import check_method_size
 from .stages import stage_key
@@ -266,6 +267,7 @@ class Run:
             "data": files_fingerprint(options),
             "calibrated": calibration_fingerprint(options) or options.calibration,
             "fisher_data": fisher_fingerprint(options),
+            "module_settings": module_settings_fingerprint(options),
             "force": options.forced,
             "version": lpaf_kernels.__version__,
             "processes": processes if processes > 1 else None,
